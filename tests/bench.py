@@ -1,0 +1,74 @@
+"""
+Tokens per second of model.sample against the same model's `generate`, in turn, in one process.
+
+$ python tests/bench.py                    # the embedded model, 32 problems x 16 samples, as in a step of train.py
+$ python tests/bench.py --vectors out/tiny-layer27/vectors.safetensors      # the steered model: longer, more even answers
+"""
+
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+from transformers.utils import logging
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import model  # noqa: E402
+
+
+@dataclass
+class Config:
+    model: str = "tiny"                    # embedded model, local folder or hub id
+    vectors: str | None = None             # safetensors of steering vectors
+    prompts: int = 32                      # problems
+    samples: int = 16                      # answers to each
+    max_tokens: int = 80                   # longest answer
+    rounds: int = 3                        # pairs of measurements, after one that does not count
+    threads: int | None = None             # CPU threads; default torch's
+
+
+def generate(llm, prompts, k, max_tokens, stop):
+    """Hugging Face's own sampler on the same rows: the number of tokens up to and with the stop token."""
+    rows = [p for p in prompts for _ in range(k)]
+    width = max(map(len, rows))
+    out = llm.generate(
+        input_ids=torch.tensor([[stop[0]] * (width - len(p)) + p for p in rows], device=llm.device),
+        attention_mask=torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in rows], device=llm.device),
+        max_new_tokens=max_tokens, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+        eos_token_id=stop, pad_token_id=stop[0],
+    )[:, width:]  # fmt: skip
+    ends = torch.isin(out, torch.tensor(stop, device=out.device))
+    return (ends.cumsum(1) - ends.long() == 0).sum().item()
+
+
+def main(args: Config) -> None:
+    logging.set_verbosity_error()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    llm, tokenizer = model.load(args.model)
+    vectors = model.load_vectors(args.vectors, llm)[0] if args.vectors else {}
+    rows = model.read_problems(model.TINY / "test.jsonl")[: args.prompts]
+    prompts, stop = [model.prompt_ids(tokenizer, row["problem"]) for row in rows], model.stop_ids(llm, tokenizer)
+    speeds = {"generate": [], "sample": []}
+    for i in range(args.rounds + 1):
+        for name in speeds:
+            torch.manual_seed(i)
+            began = time.perf_counter()
+            with model.steer(llm, vectors):
+                if name == "generate":
+                    tokens = generate(llm, prompts, args.samples, args.max_tokens, stop)
+                else:
+                    completions, _ = model.sample(llm, prompts, args.samples, args.max_tokens, stop, seed=i)
+                    tokens = sum(map(len, completions))
+            seconds = time.perf_counter() - began
+            print(f"round {i} {name:9} {tokens:7} tokens {seconds:6.2f} s {tokens / seconds:8.0f} tokens/s")
+            speeds[name].append(tokens / seconds)
+    ratios = [b / a for a, b in zip(speeds["generate"][1:], speeds["sample"][1:])]
+    print(f"sample / generate: median {statistics.median(ratios):.2f}, {min(ratios):.2f} to {max(ratios):.2f}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))

@@ -1,0 +1,65 @@
+"""Random 3-layer models that every test can afford; all sizes pairwise different, so that a swapped axis cannot pass."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma2Config,
+    GemmaConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "data" / "tiny"))  # world.py, pretrain.py, check.py
+torch.set_num_threads(1)  # two OpenMP threads on a busy machine are slower than one
+
+FAMILIES = {
+    "qwen2": Qwen2Config,
+    "llama": LlamaConfig,
+    "mistral": MistralConfig,
+    "qwen3": Qwen3Config,
+    "gemma": GemmaConfig,
+    "gemma2": Gemma2Config,
+}
+
+
+def random_llm(family="qwen2", **changes):
+    """A random model with logits far from flat (initializer_range 0.3), frozen, in eval mode."""
+    torch.manual_seed(0)
+    sizes = dict(
+        vocab_size=61, hidden_size=32, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=128, initializer_range=0.3,
+        tie_word_embeddings=False, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    config = FAMILIES[family](**(sizes | changes))
+    return AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+
+
+@pytest.fixture(params=FAMILIES)
+def llm(request):
+    """One model of every family: the hook, the sampler and the log-probs must fit all of them."""
+    return random_llm(request.param)
+
+
+@pytest.fixture
+def qwen2():
+    return random_llm("qwen2")
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(ROOT / "data" / "tiny")
+
+
+@pytest.fixture
+def prompts():
+    """Three prompts of 5, 9 and 2 tokens; ragged, so that padding and positions matter."""
+    draw = torch.Generator().manual_seed(1)
+    return [torch.randint(3, 61, (n,), generator=draw).tolist() for n in (5, 9, 2)]

@@ -1,0 +1,316 @@
+"""model.py: the hook, the sampler, token log-probs, files."""
+
+import json
+
+import pytest
+import torch
+from conftest import ROOT, random_llm
+from safetensors.torch import save_file
+
+import model
+
+STOP = [2, 7, 11, 13, 17, 19, 23, 29]  # many stop tokens, so that the lengths of random answers vary
+
+
+def logits(llm, ids):
+    return llm(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+
+
+def vector(seed=0, size=1.0):
+    return size * torch.randn(32, generator=torch.Generator().manual_seed(seed))
+
+
+# ------------------------------------------------------------------------------------------------------------ the hook
+
+
+def test_zero_vector_is_the_base_model(llm, prompts):
+    want = logits(llm, prompts[0])
+    with model.steer(llm, {layer: torch.zeros(32) for layer in range(3)}):
+        assert torch.equal(logits(llm, prompts[0]), want)
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_vector_is_added_to_the_residual_stream_after_its_layer(llm, prompts, layer):
+    """Against running the layers by hand: the output of layer l plus s, everywhere else as ever."""
+    seen, s = {}, vector()
+
+    def inputs_of(name, block):
+        def hook(module, args, kwargs):
+            seen[name] = args[0] if args else kwargs["hidden_states"]
+
+        return block.register_forward_pre_hook(hook, with_kwargs=True)
+
+    after = [*model.decoder_layers(llm)[1:], llm.get_decoder().norm]  # what reads the output of layer 0, 1, 2
+    handles = [inputs_of(i, block) for i, block in enumerate(after)]
+    base = logits(llm, prompts[0])
+    plain = dict(seen)
+    with model.steer(llm, {layer: s}):
+        steered = logits(llm, prompts[0])
+    for handle in handles:
+        handle.remove()
+    for below in range(layer):
+        assert torch.equal(seen[below], plain[below])
+    torch.testing.assert_close(seen[layer], plain[layer] + s, rtol=0, atol=1e-5)  # every position
+    assert (steered - base).abs().max() > 0.1
+
+
+def test_hook_equals_a_bias_of_down_proj(qwen2, prompts):
+    s = vector()
+    with model.steer(qwen2, {1: s}):
+        hooked = logits(qwen2, prompts[0])
+    down = qwen2.model.layers[1].mlp.down_proj
+    down.bias = torch.nn.Parameter(s)
+    torch.testing.assert_close(hooked, logits(qwen2, prompts[0]), rtol=0, atol=1e-5)
+
+
+def test_hook_is_gone_after_an_error(qwen2, prompts):
+    want = logits(qwen2, prompts[0])
+    with pytest.raises(KeyError), model.steer(qwen2, {1: vector()}):
+        raise KeyError
+    assert torch.equal(logits(qwen2, prompts[0]), want)
+    with pytest.raises(IndexError), model.steer(qwen2, {1: vector(), 9: vector()}):  # fails while hooks are being made
+        pass
+    assert torch.equal(logits(qwen2, prompts[0]), want)
+
+
+def test_vector_stays_float32_in_a_bfloat16_model(prompts):
+    llm = random_llm().to(torch.bfloat16)
+    s = torch.full((32,), 0.1, requires_grad=True)
+    with model.steer(llm, {1: s}):
+        out = logits(llm, prompts[0])
+    assert out.dtype == torch.bfloat16
+    out.float().sum().backward()
+    assert s.dtype == s.grad.dtype == torch.float32 and s.grad.abs().sum() > 0
+
+
+def test_residual_rms(qwen2, prompts):
+    kept = []
+    handle = qwen2.model.layers[1].register_forward_hook(lambda module, args, output: kept.append(output))
+    for ids in prompts:
+        logits(qwen2, ids)
+    handle.remove()
+    sizes = sorted((h[0, t] ** 2).mean().sqrt().item() for h in kept for t in range(h.shape[1]))
+    assert len(sizes) == 16
+    got = model.residual_rms(qwen2, prompts, [0, 1])
+    assert got[1] == pytest.approx(sizes[7], rel=1e-5)  # torch's median of an even number: the lower middle
+    assert got[0] != pytest.approx(got[1], rel=1e-3)
+
+
+# --------------------------------------------------------------------------------------------------------- the sampler
+
+
+def test_greedy_equals_generate_token_for_token(llm, prompts):
+    vectors = {1: vector(size=0.5)}
+    with model.steer(llm, vectors):
+        got, ended = model.sample(llm, prompts, 2, 20, STOP, temperature=0)
+        width = max(map(len, prompts))
+        ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+        out = llm.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=20, do_sample=False, eos_token_id=STOP, pad_token_id=0
+        )[:, width:].tolist()
+    assert len({len(c) for c in got}) > 1 or llm.config.model_type != "qwen2", "lengths should vary for this test to bite"
+    for i, want in enumerate(out):
+        end = next((t + 1 for t, token in enumerate(want) if token in STOP), 20)
+        assert got[2 * i] == got[2 * i + 1] == want[:end]
+        assert ended[2 * i] == (want[end - 1] in STOP)
+
+
+def test_greedy_equals_full_forwards_without_a_cache(llm, prompts):
+    got, _ = model.sample(llm, prompts, 1, 12, [], temperature=0)
+    for p, c in zip(prompts, got):
+        ids = list(p)
+        for token in c:
+            assert logits(llm, ids)[-1].argmax() == token
+            ids.append(token)
+
+
+def test_rows_that_leave_the_batch_change_no_other_row(qwen2, prompts):
+    """16 rows with many stop tokens, against every prompt alone: compaction keeps caches, masks and positions together."""
+    draw = torch.Generator().manual_seed(2)
+    many = [torch.randint(3, 61, (n,), generator=draw).tolist() for n in torch.randint(2, 12, (16,), generator=draw)]
+    together, ended = model.sample(qwen2, many, 1, 30, STOP, temperature=0)
+    assert len({len(c) for c in together}) >= 4
+    for p, c, e in zip(many, together, ended):
+        alone, e_alone = model.sample(qwen2, [p], 1, 30, STOP, temperature=0)
+        assert alone == [c] and e_alone == [e]
+    assert model.sample(qwen2, many, 1, 30, STOP, temperature=0, max_rows=5)[0] == together
+
+
+def test_samples_follow_the_softmax(qwen2, prompts):
+    """Frequencies of the first token against probabilities worked out by a full forward, at T = 2."""
+    k = 4000
+    got, _ = model.sample(qwen2, prompts[:1], k, 1, [], temperature=2.0, max_rows=k)
+    counts = torch.tensor([c[0] for c in got]).bincount(minlength=61)
+    p = (logits(qwen2, prompts[0])[-1] / 2.0).softmax(-1)
+    spread = (p * (1 - p) * k).sqrt()
+    assert ((counts - k * p).abs() < 5 * spread + 1).all()
+    assert (p > 0.05).sum() >= 2  # not one token only: the bound above would say little
+
+
+def test_samples_differ_between_rows_and_seeds_and_repeat_with_the_seed(qwen2, prompts):
+    a, _ = model.sample(qwen2, prompts, 4, 10, [], seed=1)
+    assert a == model.sample(qwen2, prompts, 4, 10, [], seed=1)[0]
+    assert a != model.sample(qwen2, prompts, 4, 10, [], seed=2)[0]
+    assert a[0] != a[1] and len({tuple(c) for c in a}) > 8
+
+
+def test_stop_token_is_kept_and_truncation_is_told(qwen2, prompts):
+    completions, ended = model.sample(qwen2, prompts, 16, 6, STOP, seed=0)
+    assert any(ended) and not all(ended)
+    for c, e in zip(completions, ended):
+        assert e == (c[-1] in STOP) and not any(token in STOP for token in c[:-1])
+        assert len(c) == 6 or e
+
+
+# ---------------------------------------------------------------------------------------------------- token log-probs
+
+
+def test_token_logps_equal_a_full_forward(llm, prompts):
+    completions = [[5, 6, 7, 8], [9, 2], [30, 31, 32]]
+    got, mask = model.token_logps(llm, prompts, completions, temperature=0.7, chunk=2)
+    assert got.shape == mask.shape == (3, 4) and mask.sum(1).tolist() == [4, 2, 3]
+    assert (got[~mask] == 0).all()
+    for i, (p, c) in enumerate(zip(prompts, completions)):
+        logp = (logits(llm, p + c) / 0.7).log_softmax(-1)
+        for t, token in enumerate(c):  # the logits before a token score it
+            assert got[i, t].item() == pytest.approx(logp[len(p) + t - 1, token].item(), abs=1e-4)
+
+
+def test_token_logps_are_those_of_the_sampler(qwen2, prompts):
+    """Greedy tokens are the most likely ones: their log-prob is the maximum, also in a steered model."""
+    with model.steer(qwen2, {0: vector()}):
+        completions, _ = model.sample(qwen2, prompts, 1, 8, [], temperature=0)
+        logps, _ = model.token_logps(qwen2, prompts, completions)
+        for i, (p, c) in enumerate(zip(prompts, completions)):
+            best = logits(qwen2, p + c).log_softmax(-1).max(-1).values[len(p) - 1 : -1]
+            torch.testing.assert_close(logps[i], best, rtol=0, atol=1e-4)
+
+
+def test_padding_and_chunks_change_nothing(llm, prompts):
+    completions = [[5, 6, 7, 8], [9, 2], [30, 31, 32]]
+    together, _ = model.token_logps(llm, prompts, completions)
+    for i, (p, c) in enumerate(zip(prompts, completions)):
+        alone, _ = model.token_logps(llm, [p], [c], chunk=1)
+        torch.testing.assert_close(together[i, : len(c)], alone[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_gradient_of_the_vector(prompts, layer):
+    """Central difference along the gradient. HF's norms compute in fp32 even in a double model: step 1e-2, rtol 1e-3."""
+    llm, eps = random_llm().double(), 1e-2
+    completions = [[5, 6, 7, 8], [9, 2], [30, 31, 32]]
+    v = vector().double().requires_grad_()
+
+    def f(v):
+        with model.steer(llm, {layer: v}):
+            logps, mask = model.token_logps(llm, prompts, completions, temperature=0.7, chunk=2)
+            return (logps * torch.tensor([[1.0], [-2.0], [0.5]])).sum()
+
+    (grad,) = torch.autograd.grad(f(v), v)
+    assert grad.norm() > 0.1
+    u = grad / grad.norm()
+    with torch.no_grad():
+        difference = (f(v + eps * u) - f(v - eps * u)) / (2 * eps)
+    torch.testing.assert_close((grad @ u).float(), difference.float(), rtol=1e-3, atol=0)
+
+
+def test_only_the_vectors_have_gradients_and_nothing_below_them(qwen2, prompts):
+    s, needs = torch.zeros(32, requires_grad=True), {}
+    handles = [
+        block.register_forward_hook(lambda module, args, output, i=i: needs.update({i: output.requires_grad}))
+        for i, block in enumerate(qwen2.model.layers)
+    ]
+    with model.steer(qwen2, {1: s}):
+        logps, _ = model.token_logps(qwen2, prompts, [[5], [6], [7]])
+    logps.sum().backward()
+    for handle in handles:
+        handle.remove()
+    assert needs == {0: False, 1: True, 2: True}  # layer 0 is not part of the graph at all
+    assert s.grad.abs().sum() > 0
+    assert all(p.grad is None and not p.requires_grad for p in qwen2.parameters())
+
+
+def test_inputs_stay_as_they_are(qwen2, prompts):
+    completions, s = [[5, 6], [7], [8, 9, 10]], vector()
+    before = json.dumps([prompts, completions]), s.clone()
+    with model.steer(qwen2, {1: s}):
+        model.token_logps(qwen2, prompts, completions)
+        model.sample(qwen2, prompts, 2, 5, STOP)
+    assert (json.dumps([prompts, completions]), s.tolist()) == (before[0], before[1].tolist())
+
+
+# --------------------------------------------------------------------------------------------------------------- files
+
+
+def test_vectors_survive_the_file_bit_for_bit(qwen2, tmp_path):
+    vectors = {0: vector(1), 2: vector(2).requires_grad_()}
+    model.save_vectors(tmp_path / "v.safetensors", vectors, qwen2, "some/model", step=5)
+    got, meta = model.load_vectors(tmp_path / "v.safetensors", qwen2, "some/model")
+    assert list(got) == [0, 2] and all(torch.equal(got[layer], vectors[layer]) for layer in got)
+    assert meta == {"model": "some/model", "width": "32", "num_layers": "3", "site": "end of layer", "step": "5"}
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_vectors_of_another_model_are_refused(qwen2, tmp_path):
+    path = tmp_path / "v.safetensors"
+    model.save_vectors(path, {2: vector()}, qwen2, "one", step=1)
+    with pytest.raises(SystemExit, match="trained for the model 'one', not for 'two'"):
+        model.load_vectors(path, qwen2, "two")
+    assert list(model.load_vectors(path, qwen2)[0]) == [2]  # without a name: transfer to a model of the same shape
+    with pytest.raises(SystemExit, match="width 32 and 3 layers; this one has width 32 and 2 layers"):
+        model.load_vectors(path, random_llm(num_hidden_layers=2))
+    with pytest.raises(SystemExit, match="width 32 and 3 layers; this one has width 48 and 3 layers"):
+        model.load_vectors(path, random_llm(hidden_size=48))
+    with pytest.raises(SystemExit, match="train some first"):
+        model.load_vectors(tmp_path / "missing.safetensors", qwen2)
+    (tmp_path / "text").write_text("not a tensor file")
+    with pytest.raises(SystemExit, match="not a safetensors file"):
+        model.load_vectors(tmp_path / "text", qwen2)
+    save_file({"layers.0": torch.zeros(32)}, tmp_path / "plain")
+    with pytest.raises(SystemExit, match="metadata lacks model, width"):
+        model.load_vectors(tmp_path / "plain", qwen2)
+    meta = {"model": "one", "width": "32", "num_layers": "3", "site": "end of layer", "step": "1"}
+    save_file({"layers.3": torch.zeros(32)}, tmp_path / "layer", meta)
+    with pytest.raises(SystemExit, match=r"layers \[3\] do not fit"):
+        model.load_vectors(tmp_path / "layer", qwen2)
+
+
+def test_a_model_that_cannot_be_had_gives_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(SystemExit, match="cannot load the model 'nobody/nothing'.*hub id") as error:
+        model.load("nobody/nothing")
+    assert "\n" not in str(error.value)
+    with pytest.raises(SystemExit, match="a model folder holds config.json"):
+        model.load(str(tmp_path))
+    with pytest.raises(SystemExit, match="--dtype wants"):
+        model.load("tiny", dtype="float8")
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [("{}\n", r'line 1: wanted \{"problem"'), ('{"problem": "a", "answer": "1"}\n{', "line 2: not JSON"), ("", "is empty")],
+)
+def test_bad_problem_files_name_the_line(tmp_path, text, message):
+    (tmp_path / "p.jsonl").write_text(text)
+    with pytest.raises(SystemExit, match=message):
+        model.read_problems(tmp_path / "p.jsonl")
+
+
+def test_prompts_end_where_the_answer_begins(tokenizer):
+    ids = model.prompt_ids(tokenizer, "1+1?")
+    text = tokenizer.decode(ids)
+    assert text.startswith("<|im_start|>system\nPlease reason step by step, and put your final answer within \\boxed{}.")
+    assert text.endswith("<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n")
+    assert "system\nBe brief.<|im_end|>" in tokenizer.decode(model.prompt_ids(tokenizer, "1+1?", "Be brief."))
+
+
+def test_rollouts_put_the_prefix_first(tokenizer):
+    llm, _ = model.load("tiny", device="cpu")
+    problem = json.loads((ROOT / "data/tiny/test.jsonl").read_text().splitlines()[0])["problem"]
+    rolled = model.rollouts(llm, tokenizer, [problem, problem], 2, 5, prefix="To")
+    assert len(rolled.prompts) == len(rolled.completions) == len(rolled.ended) == len(rolled.texts) == 4
+    forced = tokenizer("To").input_ids
+    assert len(forced) == 1 and rolled.prompts[0] == model.prompt_ids(tokenizer, problem) + forced
+    for ids, text in zip(rolled.completions, rolled.texts):
+        assert text == "To" + tokenizer.decode(ids, skip_special_tokens=True)
