@@ -51,13 +51,17 @@ def load(name: str = "tiny", device: str = "auto", dtype: str = "auto"):
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         llm = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype), use_safetensors=True)
-    except OSError as error:  # what transformers raises for unknown ids, missing files and no connection alike
+    except (OSError, ValueError, SafetensorError) as error:  # no such id or file, no connection; no causal LM; broken file
         reason = str(error).strip().splitlines()[0]
         sys.exit(
             f"cannot load the model {name!r}: give 'tiny', a local folder or a hub id (offline, a hub id works only "
             f"once it is in the local cache). The reason: {reason}"
         )
-    return llm.to(device).eval().requires_grad_(False), tokenizer
+    try:
+        llm = llm.to(device)
+    except (RuntimeError, AssertionError) as error:  # torch's for a device that is not there
+        sys.exit(f"--device {device}: {str(error).strip().splitlines()[0]}")
+    return llm.eval().requires_grad_(False), tokenizer
 
 
 def prompt_ids(tokenizer, problem: str, system: str | None = None) -> list[int]:
@@ -85,9 +89,12 @@ def read_problems(path) -> list[dict]:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             sys.exit(f"{path}, line {number}: not JSON ({error})")
-        if not isinstance(row, dict) or not {"problem", "answer"} <= row.keys():
-            sys.exit(f'{path}, line {number}: wanted {{"problem": ..., "answer": ...}}, got {line[:80]}')
-        rows.append(row)
+        if not isinstance(row, dict) or not isinstance(row.get("problem"), str) or "answer" not in row:
+            sys.exit(f'{path}, line {number}: wanted {{"problem": text, "answer": ...}}, got {line[:80]}')
+        answers = row["answer"] if isinstance(row["answer"], list) else [row["answer"]]
+        if not answers or not all(isinstance(a, (str, int, float)) and not isinstance(a, bool) for a in answers):
+            sys.exit(f"{path}, line {number}: an answer is a text, a number or a list of them, got {row['answer']!r}")
+        rows.append(row | {"answer": [str(a) for a in answers] if len(answers) > 1 else str(answers[0])})
     if not rows:
         sys.exit(f"{path} is empty: wanted a problem and an answer in every line")
     return rows
@@ -96,8 +103,10 @@ def read_problems(path) -> list[dict]:
 def stop_ids(llm, tokenizer) -> list[int]:
     """Every token that ends an answer: the tokenizer's and those of generation_config (Llama and Qwen have several)."""
     ids = llm.generation_config.eos_token_id
-    ids = ids if isinstance(ids, list) else [ids]
-    return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
+    ids = {*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id} - {None}
+    if not ids:
+        sys.exit("neither the tokenizer nor generation_config.json of this model names a token that ends an answer")
+    return sorted(ids)
 
 
 def decoder_layers(llm):
@@ -255,8 +264,8 @@ def sample(
     Sample k completions of every prompt from the model as it is (call inside `steer` to steer it).
 
     temperature: 0 decodes greedily, and then gives token for token what `generate` gives. stop: token ids that end a
-    completion (the ending token is part of it). max_tokens: completion tokens at most. max_rows: rows decoded at once.
-    bar: the name of a progress bar over batches, None for no bar.
+    completion (the ending token is part of it). max_tokens: completion tokens at most. max_rows: rows decoded at once,
+    but never less than the k of one prompt. bar: the name of a progress bar over batches, None for no bar.
     Returns N*k completions as token ids, prompt by prompt, and for each whether it ended by itself (False: truncated).
 
     Faster than `generate` where lengths vary: a prompt is read once for its k samples, memory for keys and values is
@@ -290,7 +299,7 @@ def _decode(llm, prompts, k, max_tokens, stop, temperature, generator):
     cache = Cache(layers=[_Buffer(layer, k, max_tokens) for layer in prefill.layers])
     mask = torch.cat([mask.repeat_interleave(k, 0), mask.new_ones(B, max_tokens)], 1)  # (B, P + C)
     position = mask[:, :P].sum(1, keepdim=True)  # (B, 1) of the token to come
-    stop = torch.tensor(stop, device=device)
+    stop = torch.tensor(stop, dtype=torch.long, device=device)
     tokens = torch.zeros(B, max_tokens, dtype=torch.long, device=device)
     lengths = torch.full((B,), max_tokens, device=device)
     ended = torch.zeros(B, dtype=torch.bool, device=device)
@@ -329,12 +338,18 @@ class Rollouts(NamedTuple):
 
 
 def rollouts(
-    llm, tokenizer, problems: list[str], k: int, max_tokens: int, temperature=1.0, seed=0, prefix="", bar=None
+    llm, tokenizer, problems: list[str], k: int, max_tokens: int, temperature=1.0, seed=0, system=None, prefix="",
+    max_rows=512, bar=None,
 ) -> Rollouts:
-    """Answer problems, by `sample`, with the model as it is. prefix: text that every answer is made to begin with."""
+    """
+    Answer problems, by `sample`, with the model as it is.
+
+    system: the system message, None for the chat template's own. prefix: text that every answer is made to begin with.
+    """
     forced = tokenizer(prefix, add_special_tokens=False).input_ids
-    prompts = [prompt_ids(tokenizer, problem) + forced for problem in problems]
-    completions, ended = sample(llm, prompts, k, max_tokens, stop_ids(llm, tokenizer), temperature, seed, bar=bar)
+    prompts = [prompt_ids(tokenizer, problem, system) + forced for problem in problems]
+    stop = stop_ids(llm, tokenizer)
+    completions, ended = sample(llm, prompts, k, max_tokens, stop, temperature, seed, max_rows, bar)
     texts = [prefix + text for text in tokenizer.batch_decode(completions, skip_special_tokens=True)]
     return Rollouts([p for p in prompts for _ in range(k)], completions, ended, texts)
 

@@ -283,18 +283,40 @@ def test_a_model_that_cannot_be_had_gives_one_line(tmp_path, monkeypatch):
     assert "\n" not in str(error.value)
     with pytest.raises(SystemExit, match="a model folder holds config.json"):
         model.load(str(tmp_path))
+    with pytest.raises(SystemExit, match="--device no-such"):
+        model.load("tiny", device="no-such")
     with pytest.raises(SystemExit, match="--dtype wants"):
         model.load("tiny", dtype="float8")
 
 
 @pytest.mark.parametrize(
     "text, message",
-    [("{}\n", r'line 1: wanted \{"problem"'), ('{"problem": "a", "answer": "1"}\n{', "line 2: not JSON"), ("", "is empty")],
+    [
+        ("{}\n", r'line 1: wanted \{"problem"'),
+        ('{"problem": "a", "answer": "1"}\n{', "line 2: not JSON"),
+        ('{"problem": "a", "answer": {}}', "line 1: an answer is a text, a number or a list"),
+        ('{"problem": "a", "answer": []}', "line 1: an answer is a text, a number or a list"),
+        ('{"problem": 1, "answer": "1"}', "line 1: wanted"),
+        ("", "is empty"),
+    ],
 )
 def test_bad_problem_files_name_the_line(tmp_path, text, message):
     (tmp_path / "p.jsonl").write_text(text)
     with pytest.raises(SystemExit, match=message):
         model.read_problems(tmp_path / "p.jsonl")
+
+
+def test_answers_may_be_texts_numbers_or_lists(tmp_path):
+    rows = [{"problem": "a", "answer": answer} for answer in ("3/4", 34, 2.5, ["1"], ["1", 2])]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    got = [row["answer"] for row in model.read_problems(tmp_path / "p.jsonl")]
+    assert got == ["3/4", "34", "2.5", "1", ["1", "2"]]
+
+
+def test_load_freezes():
+    llm, _ = model.load("tiny", device="cpu")
+    assert not llm.training and not any(p.requires_grad for p in llm.parameters()) and llm.dtype == torch.float32
+    assert model.load("tiny", device="cpu", dtype="bfloat16")[0].dtype == torch.bfloat16
 
 
 def test_prompts_end_where_the_answer_begins(tokenizer):
