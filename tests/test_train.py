@@ -1,0 +1,341 @@
+"""train.py: the RLOO maths by hand and by brute force, invariances, resume, learning, errors."""
+
+import itertools
+import json
+import random
+
+import pytest
+import torch
+from conftest import ROOT, random_llm
+from safetensors.torch import load_file
+
+import model
+import train
+
+# ----------------------------------------------------------------------------------------------------- advantages, loss
+
+REWARDS = torch.tensor([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 0.0, 1.0], [1.0, 1.0, 1.0, 1.0]])  # solved by one, by three, by all
+ADVANTAGES = torch.tensor([[1.0, -1 / 3, -1 / 3, -1 / 3], [1 / 3, 1 / 3, -1.0, 1 / 3], [0.0, 0.0, 0.0, 0.0]])
+ADVANTAGE_MISTAKES = {
+    "own reward left in the baseline": lambda r: r - r.mean(1, keepdim=True),
+    "baseline over the prompts": lambda r: r - (r.sum(0, keepdim=True) - r) / (r.shape[0] - 1),
+    "divided by the standard deviation": lambda r: (r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True) + 1e-6),
+    "no baseline": lambda r: r,
+    "wrong sign": lambda r: -ADVANTAGES,
+    "all zero": torch.zeros_like,
+}
+
+
+def check_rloo(fn):
+    """Passes for the leave-one-out advantages; otherwise the message names the slip."""
+    got = fn(REWARDS.clone())
+    for mistake, wrong in ADVANTAGE_MISTAKES.items():
+        assert not torch.allclose(got, wrong(REWARDS)), mistake
+    torch.testing.assert_close(got, ADVANTAGES)
+
+
+def test_rloo_advantages():
+    check_rloo(train.rloo_advantages)  # through the module, so that another version can take its place
+
+
+@pytest.mark.parametrize("mistake", ADVANTAGE_MISTAKES)
+def test_check_rloo_rejects(mistake):
+    with pytest.raises(AssertionError, match=mistake):
+        check_rloo(ADVANTAGE_MISTAKES[mistake])
+
+
+def test_rloo_needs_two_samples():
+    with pytest.raises(AssertionError, match="at least 2 samples per prompt, got 1"):
+        train.rloo_advantages(torch.ones(3, 1))
+
+
+def test_rloo_advantages_are_unbiased():
+    """
+    Brute force over a one-token policy: the mean of A * grad log pi over all groups of 3 samples, weighted by their
+    probability, is the exact gradient of the expected reward.
+    """
+    theta = torch.tensor([0.3, -0.5, 0.9], dtype=torch.double, requires_grad=True)
+    reward = torch.tensor([1.0, 0.0, 0.0], dtype=torch.double)
+    p = theta.softmax(0)
+    (exact,) = torch.autograd.grad((p * reward).sum(), theta)
+    score = torch.eye(3, dtype=torch.double) - p.detach()  # d log pi(a) / d theta, row a
+    mean = torch.zeros(3, dtype=torch.double)
+    for group in itertools.product(range(3), repeat=3):
+        advantages = train.rloo_advantages(reward[list(group)][None])[0]
+        mean += p.detach()[list(group)].prod() * (advantages[:, None] * score[list(group)]).mean(0)
+    torch.testing.assert_close(mean, exact, rtol=0, atol=1e-12)
+
+
+LOGPS = torch.tensor([[-1.0, -2.0, -4.0], [-0.5, 9.0, 9.0]])  # the 9s are padding
+MASK = torch.tensor([[True, True, True], [True, False, False]])
+LOSS_MISTAKES = {
+    "padding counted": lambda logps, mask, a, n: -(a[:, None] * logps).sum() / n,
+    "tokens of this micro-batch only": lambda logps, mask, a, n: -(a[:, None] * logps * mask).sum() / mask.sum(),
+    "mean per answer": lambda logps, mask, a, n: -(a * (logps * mask).sum(1) / mask.sum(1)).sum() / len(a),
+    "wrong sign": lambda logps, mask, a, n: (a[:, None] * logps * mask).sum() / n,
+    "all zero": lambda logps, mask, a, n: torch.zeros(()),
+}
+
+
+def check_loss(fn):
+    """-(0.5 * (-1 - 2 - 4) - 1 * (-0.5)) / 10 = 0.3"""
+    args = LOGPS, MASK, torch.tensor([0.5, -1.0]), 10
+    got = fn(*args)
+    for mistake, wrong in LOSS_MISTAKES.items():
+        assert not torch.allclose(got, wrong(*args)), mistake
+    assert got.item() == pytest.approx(0.3, abs=1e-6)
+
+
+def test_rloo_loss():
+    check_loss(train.rloo_loss)
+
+
+@pytest.mark.parametrize("mistake", LOSS_MISTAKES)
+def test_check_loss_rejects(mistake):
+    with pytest.raises(AssertionError, match=mistake):
+        check_loss(LOSS_MISTAKES[mistake])
+
+
+# -------------------------------------------------------------------------------------------------- gradient, splitting
+
+
+def test_micro_batches():
+    assert train.micro_batches([3, 5, 2], 6) == [[1], [0, 2]]
+    assert train.micro_batches([4, 4, 4, 4], 8) == [[0, 1], [2, 3]]
+    assert train.micro_batches([9, 1], 5) == [[0], [1]]  # longer than the budget: alone
+    assert train.micro_batches([], 5) == []
+    lengths = [random.Random(0).randint(1, 30) for _ in range(50)]
+    batches = train.micro_batches(lengths, 64)
+    assert sorted(i for batch in batches for i in batch) == list(range(50))
+    assert all(max(lengths[i] for i in batch) * len(batch) <= 64 for batch in batches)
+
+
+PROMPTS = [[5, 6, 7], [8, 9], [5, 6, 7], [10, 11, 12, 13]]
+COMPLETIONS = [[20, 21, 22, 23, 2], [24, 2], [25, 26, 27], [28]]
+A = torch.tensor([1.0, -0.5, 0.0, -0.25])
+
+
+def gradient(budget, layers=(1,), llm=None):
+    vectors = {layer: torch.full((32,), 0.01).requires_grad_() for layer in layers}
+    loss, nats = train.accumulate_gradient(llm or random_llm(), vectors, PROMPTS, COMPLETIONS, A, 0.8, budget)
+    return torch.cat([vectors[layer].grad for layer in layers]), loss, nats
+
+
+def test_gradient_equals_a_plain_sum_over_full_forwards():
+    """Against the loss written with whole logits, row by row, no padding, no micro-batches."""
+    llm, s = random_llm(), torch.full((32,), 0.01).requires_grad_()
+    total, loss, trained, nats = sum(map(len, COMPLETIONS)), 0.0, 0, 0.0
+    with model.steer(llm, {1: s}):
+        for p, c, a in zip(PROMPTS, COMPLETIONS, A):
+            logp = (llm(input_ids=torch.tensor([p + c])).logits[0] / 0.8).log_softmax(-1)
+            picked = sum(logp[len(p) + t - 1, token] for t, token in enumerate(c))
+            loss = loss - a * picked / total
+            if a != 0:
+                trained, nats = trained + len(c), nats - picked.item()
+    loss.backward()
+    grad, got_loss, got_nats = gradient(10_000)
+    assert s.grad.norm() > 0.01
+    torch.testing.assert_close(grad, s.grad, rtol=1e-4, atol=1e-6)
+    assert got_loss == pytest.approx(loss.item(), abs=1e-5)
+    assert got_nats == pytest.approx(nats / trained, rel=1e-5)
+
+
+@pytest.mark.parametrize("layers", [(1,), (0, 1, 2)])
+def test_gradient_does_not_depend_on_the_micro_batches(layers):
+    whole, loss, _ = gradient(10_000, layers)
+    for budget in (1, 9, 16):
+        split, split_loss, _ = gradient(budget, layers)
+        torch.testing.assert_close(split, whole, rtol=1e-4, atol=1e-7)
+        assert split_loss == pytest.approx(loss, abs=1e-6)
+
+
+def test_rows_without_advantage_are_not_run(monkeypatch):
+    seen, real = [], model.token_logps
+    monkeypatch.setattr(model, "token_logps", lambda llm, p, c, *rest: (seen.extend(c), real(llm, p, c, *rest))[1])
+    gradient(10_000)
+    assert sorted(seen) == sorted(COMPLETIONS[:2] + COMPLETIONS[3:])
+
+
+# ------------------------------------------------------------------------------------------------------- settings, data
+
+
+def test_parse_layers():
+    assert train.parse_layers("27", 28) == [27]
+    assert train.parse_layers("-1", 28) == [27]
+    assert train.parse_layers("14,3", 28) == [3, 14]
+    assert train.parse_layers("all", 3) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("28", r"--layer 28: this model has layers 0 to 27 \(or -28 to -1 from the end\)"),
+        ("-29", "--layer -29: this model has layers 0 to 27"),
+        ("last", "wants a layer number, numbers joined by commas, or all; got 'last'"),
+        ("3,,4", "wants a layer number"),
+        ("27,-1", "names a layer twice"),
+    ],
+)
+def test_wrong_layers_give_one_line(text, message):
+    with pytest.raises(SystemExit, match=message):
+        train.parse_layers(text, 28)
+
+
+def test_every_epoch_shows_every_problem_once_in_a_new_order():
+    rows = [{"problem": str(i)} for i in range(10)]
+    steps = [[row["problem"] for row in train.batch_of_problems(rows, 5, step, seed=0)] for step in range(4)]
+    assert sorted(steps[0] + steps[1]) == sorted(steps[2] + steps[3]) == [str(i) for i in range(10)]
+    assert steps[0] + steps[1] != steps[2] + steps[3]
+    assert steps[3] == [row["problem"] for row in train.batch_of_problems(rows, 5, 3, seed=0)]  # nothing to replay
+    assert steps[0] != [row["problem"] for row in train.batch_of_problems(rows, 5, 0, seed=1)]
+
+
+# ------------------------------------------------------------------------------------------------------------- training
+
+
+def settings(out, **changes):
+    """A run of the embedded model that takes about a second a step."""
+    small = dict(layer="27", steps=4, prompts=2, samples=4, max_tokens=40, eval_problems=0, device="cpu", out=str(out))
+    return train.Config(**(small | changes))
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def without_time(metrics):
+    return [{k: v for k, v in m.items() if "second" not in k} for m in metrics]
+
+
+def test_resume_equals_an_uninterrupted_run_bit_for_bit(tmp_path, monkeypatch):
+    """Stopped by Ctrl-C inside step 2, after its log was written and before its state was; then resumed."""
+    train.main(settings(tmp_path / "whole", layer="5,27", reward="random"))
+
+    real = train.save_state
+
+    def interrupted(path, step, *rest):
+        if step == 3:
+            raise KeyboardInterrupt
+        real(path, step, *rest)
+
+    monkeypatch.setattr(train, "save_state", interrupted)
+    with pytest.raises(SystemExit, match="the same command with --resume goes on from the last finished step in"):
+        train.main(settings(tmp_path / "parts", layer="5,27", reward="random"))
+    assert [m["step"] for m in lines(tmp_path / "parts/metrics.jsonl")] == [0, 1, 2]
+    monkeypatch.setattr(train, "save_state", real)
+    train.main(settings(tmp_path / "parts", layer="5,27", reward="random", resume=True))
+
+    for name in ("samples.jsonl", "config.json"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes(), name
+    one, two = (load_file(tmp_path / run / "vectors.safetensors") for run in ("whole", "parts"))
+    assert one.keys() == two.keys() == {"layers.5", "layers.27"}
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    whole, parts = (without_time(lines(tmp_path / run / "metrics.jsonl")) for run in ("whole", "parts"))
+    assert whole == parts and [m["step"] for m in whole] == [0, 1, 2, 3]
+    assert whole[3]["vector_norm"]["5"] > whole[0]["vector_norm"]["5"] > 0  # random rewards: every step has a gradient
+
+
+def test_run_folder(tmp_path, capsys):
+    train.main(settings(tmp_path / "run", steps=2, eval_problems=3, reward="random"))
+    files = {path.name for path in (tmp_path / "run").iterdir()}
+    assert files == {"config.json", "vectors.safetensors", "metrics.jsonl", "samples.jsonl", "state.pt", "reward.png"}
+    assert (tmp_path / "run/reward.png").read_bytes().startswith(b"\x89PNG")
+    first = lines(tmp_path / "run/metrics.jsonl")[0]
+    assert 0 <= first["reward_mean"] <= 1 and first["vector_norm"].keys() == {"27"} and first["seconds_sampling"] > 0
+    sample = lines(tmp_path / "run/samples.jsonl")[0]
+    assert sample.keys() == {"step", "problem", "answer", "completion", "reward"}
+    printed = capsys.readouterr().out
+    assert "base" in printed and "steered" in printed and f"python evaluate.py {tmp_path / 'run'}" in printed
+
+
+def test_vector_moves_by_the_learning_rate(tmp_path):
+    """Adam's first step is lr in every coordinate: the warm-up's first third of 0.06 RMS(h), or of --lr-absolute."""
+    llm, tokenizer = model.load("tiny", device="cpu")
+    problems = model.read_problems(ROOT / "data/tiny/train.jsonl")[:16]
+    rms = model.residual_rms(llm, [model.prompt_ids(tokenizer, row["problem"]) for row in problems], [27])[27]
+    pair = {"layer": "3,27"}  # two vectors: half the step each
+    cases = {"one": (0.06 * rms, {}), "two": (0.03 * rms, pair), "absolute": (0.3, {"lr_absolute": 0.3} | pair)}
+    for name, (lr, changes) in cases.items():
+        train.main(settings(tmp_path / name, **({"steps": 1, "reward": "random", "lr": 0.06} | changes)))
+        vectors, _ = model.load_vectors(tmp_path / name / "vectors.safetensors", llm, "tiny")
+        torch.testing.assert_close(vectors[27].abs(), torch.full((64,), lr / 3), rtol=1e-5, atol=0)
+
+
+def test_it_learns():
+    """
+    Reward = share of even tokens among 3, RLOO on a vector of a random model: from about a half to most of them.
+    A wrong sign ends near 0; that the baseline is right is for the tests above, a learning curve cannot see it.
+    """
+    llm, prompts, k = random_llm(), [[5, 6, 7], [8, 9], [10, 11, 12, 13], [14]], 16
+    s = torch.zeros(32, requires_grad=True)
+    adam, history = torch.optim.Adam([s], lr=0.1), []
+    for step in range(100):
+        with model.steer(llm, {1: s.detach()}):
+            completions, _ = model.sample(llm, prompts, k, 3, [], seed=step)
+        rewards = torch.tensor([sum(token % 2 == 0 for token in c) / 3 for c in completions]).view(-1, k)
+        adam.zero_grad()
+        rows = [p for p in prompts for _ in range(k)]
+        train.accumulate_gradient(llm, {1: s}, rows, completions, train.rloo_advantages(rewards).flatten(), 1.0, 200)
+        adam.step()
+        history.append(rewards.mean().item())
+    assert sum(history[:5]) / 5 < 0.65
+    assert sum(history[-10:]) / 10 > 0.8
+
+
+# --------------------------------------------------------------------------------------------------------------- errors
+
+
+def test_a_finished_run_is_not_overwritten(tmp_path):
+    train.main(settings(tmp_path, steps=1))
+    before = (tmp_path / "vectors.safetensors").read_bytes()
+    with pytest.raises(SystemExit, match="holds a run already: add --resume"):
+        train.main(settings(tmp_path, steps=1, seed=5))
+    with pytest.raises(SystemExit, match="has seed = 0, now it is 5"):
+        train.main(settings(tmp_path, steps=1, seed=5, resume=True))
+    assert (tmp_path / "vectors.safetensors").read_bytes() == before
+    train.main(settings(tmp_path, steps=2, resume=True))  # more steps of the same run are fine
+    assert len(lines(tmp_path / "metrics.jsonl")) == 2
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"samples": 1}, "--samples wants at least 2, got 1"),
+        ({"steps": 0}, "--steps wants at least 1, got 0"),
+        ({"max_tokens": 0}, "--max-tokens wants at least 1, got 0"),
+        ({"temperature": 0.0}, "--temperature wants a number above 0, got 0.0"),
+        ({"lr": -1.0}, "--lr wants a number above 0, got -1.0"),
+        ({"model": "some/other"}, "--model some/other needs --data FILE"),
+        ({"dtype": "float16"}, "--dtype float16: gradients"),
+        ({"data": "none.jsonl"}, "no problems at none.jsonl"),
+    ],
+)
+def test_settings_that_cannot_work_give_one_line(tmp_path, changes, message):
+    with pytest.raises(SystemExit, match=message):
+        train.main(settings(tmp_path / "run", **changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_ctrl_c_in_the_first_step_promises_nothing(tmp_path, monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "grade", interrupted)
+    with pytest.raises(SystemExit, match="^stopped$"):
+        train.main(settings(tmp_path))
+
+
+def test_a_line_that_was_cut_off_is_dropped(tmp_path):
+    (tmp_path / "m.jsonl").write_text('{"step": 0}\n{"step": 1}\n{"step": 2}\n{"st')
+    train.keep_lines(tmp_path / "m.jsonl", 2)
+    assert (tmp_path / "m.jsonl").read_text() == '{"step": 0}\n{"step": 1}\n'
+
+
+def test_other_errors_give_one_line(tmp_path):
+    with pytest.raises(SystemExit, match="no run to go on with in"):
+        train.main(settings(tmp_path / "none", resume=True))
+    with pytest.raises(SystemExit, match="has layers 0 to 27"):
+        train.main(settings(tmp_path / "none", layer="28"))
+    with pytest.raises(SystemExit, match="--prompts 9999: the data has only 2000 problems"):
+        train.main(settings(tmp_path / "none", prompts=9999))
+    assert not (tmp_path / "none").exists()
