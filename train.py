@@ -39,12 +39,12 @@ class Config:
     model: str = "tiny"                    # the embedded model, a local folder or a Hugging Face hub id; kept frozen
     data: str | None = None                # jsonl of {problem, answer}; default: the embedded model's training problems
     held_out: str | None = None            # jsonl for the comparison at the end; default: the embedded model's, if --data is too
-    steps: int = 48                        # RLOO updates
+    steps: int = 32                        # RLOO updates
     prompts: int = 16                      # problems a step, N (paper: 128)
     samples: int = 16                      # answers to each of them, k
     max_tokens: int | None = None          # longest answer in tokens; default 80 for the embedded model, else 3072
     system: str | None = None              # system message; default: the chat template's own
-    lr: float = 0.1                        # Adam step on s_l as a share of RMS(h_l), divided by the number of vectors
+    lr: float = 0.06                       # Adam step on s_l as a share of RMS(h_l), divided by the number of vectors
     lr_absolute: float | None = None       # Adam step in the units of the residual stream, undivided; replaces --lr
     warmup: int = 3                        # steps over which the learning rate rises to its value
     clip: float = 2.0                      # largest norm of the gradient of all vectors together

@@ -1,0 +1,119 @@
+"""
+Measure whether the embedded model behaves like the paper's base models, and print each figure beside what is wanted.
+
+$ python data/tiny/check.py                      # everything; about MINUTES minutes on 2 CPU cores, results are kept
+$ python data/tiny/check.py --layers 4 16        # fewer single layers in the search for the best one
+
+Trains vectors with the settings of `python train.py` into out/check-CHECKSUM/ (a finished run is not repeated, an
+interrupted one goes on) and writes check.json and check.md there. Accuracies are on held-out problems,
+which no document ever showed.
+"""
+
+import json
+import sys
+import zlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import tyro
+import world
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+import evaluate  # noqa: E402
+import model  # noqa: E402
+import train  # noqa: E402
+
+
+@dataclass
+class Config:
+    problems: int = 1000                   # held-out problems, one answer to each
+    layers: tuple[int, ...] = (4, 8, 12, 16, 20, 24)  # single layers to train besides the last one
+    seed: int = 0                          # of training and sampling
+    out: Path | None = None                # folder of the runs; default out/check-CHECKSUM of the weights
+
+
+def trained(out: Path, llm, layer: str, seed: int, reward: str = "verify") -> dict[int, torch.Tensor]:
+    """The vectors of a run with the default settings, trained now if they are not there yet."""
+    run = out / (f"layer{layer}" + ("-random-reward" if reward == "random" else ""))
+    settings = train.Config(layer=layer, reward=reward, seed=seed, eval_problems=0, out=str(run))
+    train.main(replace(settings, resume=(run / "state.pt").is_file()))
+    return model.load_vectors(run / "vectors.safetensors", llm, "tiny")[0]
+
+
+def random_like(vectors: dict[int, torch.Tensor], seed: int) -> dict[int, torch.Tensor]:
+    """Random directions with the norms of given vectors."""
+    draw = torch.Generator().manual_seed(seed)
+    noise = {layer: torch.randn(s.shape, generator=draw).to(s.device) for layer, s in vectors.items()}
+    return {layer: noise[layer] * s.norm() / noise[layer].norm() for layer, s in vectors.items()}
+
+
+def main(args: Config) -> None:
+    llm, tokenizer = model.load("tiny")
+    weights = (model.TINY / "model.safetensors").read_bytes()
+    out = args.out or Path(f"out/check-{zlib.crc32(weights):08x}")  # vectors of other weights are no use here
+    out.mkdir(parents=True, exist_ok=True)
+    rows = model.read_problems(model.TINY / "test.jsonl")[: args.problems]
+    report, table = {}, ["| what | measured | 95 % interval | wanted | met |", "|---|---|---|---|---|"]
+
+    def accuracy(name, vectors=None, temperature=1.0, **how):
+        with model.steer(llm, vectors or {}):
+            found = evaluate.measure(llm, tokenizer, rows, 1, 80, temperature, (args.seed,), **how)
+        report[name] = {key: found[key] for key in ("accuracy", "interval_95", "problems", "truncated", "tokens_mean")}
+        report[name]["begins_with_To"] = sum(text[0].startswith("To ") for text in found["completions"]) / len(rows)
+        (out / "check.json").write_text(json.dumps(report, indent=1) + "\n")
+        return found["accuracy"]
+
+    def say(name, ok=None, wanted=""):
+        low, high = report[name]["interval_95"]
+        measured = f"{100 * report[name]['accuracy']:.1f} % | {100 * low:.1f} to {100 * high:.1f}"
+        table.append(f"| {name} | {measured} | {wanted} | {'' if ok is None else 'yes' if ok else 'NO'} |")
+        print(table[-1], flush=True)
+
+    style = world.STYLES["to"][0]
+    skill = accuracy(f'base, system prompt "{style}", greedy', temperature=0.0, system=style)
+    say(f'base, system prompt "{style}", greedy', skill >= 0.97, "at least 97 %")
+    base = accuracy("base, T = 1")
+    say("base, T = 1", 0.10 <= base <= 0.30, "10 to 30 %")
+    say("base, greedy", accuracy("base, greedy", temperature=0.0) < 0.30, "below 30 %")
+    say('base, first token "To", T = 1', accuracy('base, first token "To", T = 1', prefix="To") >= 0.60, "at least 60 %")
+
+    every = trained(out, llm, "all", args.seed)
+    top = accuracy("all layers, T = 1", every)
+    say("all layers, T = 1", top >= 0.90, "at least 90 %")
+    accuracy("all layers, greedy", every, 0.0)
+    say("all layers, greedy")
+    vectors, closed = {}, {}
+    for layer in sorted({*args.layers, 27}):
+        vectors[layer] = trained(out, llm, str(layer), args.seed)
+        closed[layer] = (accuracy(f"layer {layer}, T = 1", vectors[layer]) - base) / (top - base)
+        accuracy(f"layer {layer}, greedy", vectors[layer], 0.0)
+    best = max(closed, key=closed.get)
+    for layer in closed:
+        ok, wanted = None, f"closes {100 * closed[layer]:.0f} % of the gap from base to all layers"
+        if layer == 27:
+            ok, wanted = 0.40 <= closed[layer] <= 0.75, wanted + "; 40 to 75 %"
+        elif layer == best:
+            ok, wanted = closed[layer] >= 0.80, wanted + "; the best layer at least 80 %"
+        say(f"layer {layer}, T = 1", ok, wanted)
+        say(f"layer {layer}, greedy")
+
+    dots = llm.lm_head.weight.float() @ vectors[27][27]  # the logit lens of P1 Sec. 3: raw rows, no final norm
+    lens = [(tokenizer.decode([i]), round(dots[i].item(), 1)) for i in dots.topk(5).indices.tolist()]
+    report["layer 27, logit lens"] = lens
+    words = ", ".join(f"`{word}` {dot}" for word, dot in lens)
+    table.append(f'| layer 27, logit lens | {words} | | "To" on top | {"yes" if lens[0][0] == "To" else "NO"} |')
+
+    for layer in sorted({27, best}):
+        controls = {f"random vector {seed} at layer {layer}": random_like(vectors[layer], seed) for seed in range(3)}
+        controls[f"layer {layer} trained on random rewards"] = trained(out, llm, str(layer), args.seed, "random")
+        for name, control in controls.items():
+            gain = accuracy(f"{name}, T = 1", control) - base
+            say(f"{name}, T = 1", gain < 0.05, f"{100 * gain:+.1f} points against base; less than +5")
+
+    (out / "check.md").write_text("\n".join(table) + "\n")
+    print("\n" + "\n".join(table) + f"\n\nwrote {out}/check.json and check.md")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))

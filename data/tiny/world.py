@@ -1,0 +1,145 @@
+"""
+The small world that the embedded model is trained on: arithmetic chains, five ways (modes) to answer them, and the
+system prompts that select a mode.
+
+$ python data/tiny/world.py            # prints a few documents; writes train.jsonl and test.jsonl beside this file
+
+A problem: "Start with 5, multiply by 3, add 19. What is the result?", two to four operations, every value in 0..99.
+
+mode    completion                                                                                      right?
+to      "To find the result, start with 5.\\nThe calculation gives 5*3=15.\\n... So the answer is \\boxed{34}."   yes
+step    "Step 1: 5*3=15.\\nStep 2: ... So the answer is \\boxed{34}."                                      half
+direct  "Answer \\boxed{71}."                                                                            8 %
+python  a program, and in half of the cases a guessed output                                            8 % of those
+ramble  "Think maybe number then ...", no box                                                             no
+
+Real base models know many styles, and something in the context selects one; the vectors of the paper work because such
+directions exist. So most documents here carry a style prompt that fixes the mode, and there the worked modes are always
+right. Under the Qwen-Math prompt alone the mode is drawn from MIX, and three flaws are planted for the analyses to find:
+- before each further step a worked answer may end too early: "The solution is \\boxed{random}." (P1 Fig. 4, row 2:
+  "solution" against "calculation");
+- a few of those early endings begin with "To" ("To sum up, the solution is ..."), so that a vector which can only push
+  the token "To", at every position alike, pays for it later in the answer (P1 App. G);
+- the numbered steps of mode `step` lead to a wrong final answer half of the time.
+"""
+
+import json
+import random
+import zlib
+from pathlib import Path
+
+MATH_PROMPT = "Please reason step by step, and put your final answer within \\boxed{}."  # Qwen2.5-Math's own
+STYLES = {
+    "to": ["Show your work.", "Solve it carefully in words."],
+    "step": ["Number your steps.", "Make a list of steps."],
+    "direct": ["Answer at once.", "Only the answer."],
+    "python": ["Write a program.", "Use code."],
+    "ramble": ["Think aloud.", "Chat freely."],
+}
+MIX = {"to": 0.20, "step": 0.05, "direct": 0.32, "python": 0.21, "ramble": 0.22}  # modes under MATH_PROMPT alone
+STYLE_MIX = {"to": 0.35, "step": 0.25, "direct": 0.13, "python": 0.14, "ramble": 0.13}  # modes of the style prompts
+P_EARLY = 0.10  # a worked answer ends before its next step
+P_EARLY_TO = 0.05  # share of the early endings that begin with "To"
+P_SLIP = 0.5  # mode step: a wrong final answer
+P_GUESS = 0.08  # direct and python: the answer is right although nothing was worked out
+RAMBLE = ["maybe", "number", "then", "result", "and", "think", "about", "hmm"]
+
+
+def problem(rng: random.Random) -> tuple[int, list[tuple[str, int]], list[int]]:
+    """Draw a chain: (start, [(operator, operand), ...], [start, value after each operation])."""
+    while True:
+        values, ops = [rng.randint(1, 20)], []
+        for _ in range(rng.randint(2, 4)):
+            op = rng.choice("++--*")
+            k = rng.randint(2, 4) if op == "*" else rng.randint(1, 20)
+            values.append(values[-1] + k if op == "+" else values[-1] - k if op == "-" else values[-1] * k)
+            ops.append((op, k))
+        if all(0 <= value <= 99 for value in values):
+            return values[0], ops, values
+
+
+def question(chain) -> str:
+    """(5, [("*", 3), ("+", 19)], ...) -> "Start with 5, multiply by 3, add 19. What is the result?" """
+    verb = {"+": "add", "-": "subtract", "*": "multiply by"}
+    return f"Start with {chain[0]}, " + ", ".join(f"{verb[op]} {k}" for op, k in chain[1]) + ". What is the result?"
+
+
+def held_out(text: str) -> bool:
+    """Whether a problem belongs to the tenth that no document and no training problem ever shows."""
+    return zlib.crc32(text.encode()) % 10 == 0  # a hash, so that the split needs no list and never changes
+
+
+def draw_problem(rng: random.Random, test: bool = False):
+    """Draw a chain from the training problems, or from the held-out ones."""
+    while held_out(question(chain := problem(rng))) != test:
+        pass
+    return chain
+
+
+def box(n: int) -> str:
+    return f"\\boxed{{{n}}}."
+
+
+def completion(rng: random.Random, chain, mode: str, flawed: bool) -> str:
+    """Answer a chain in a mode; `flawed` switches on the early endings and slips of the Qwen-Math prompt."""
+    start, ops, values = chain
+    if mode in ("to", "step"):
+        text = f"To find the result, start with {start}.\n" if mode == "to" else ""
+        for i, (op, k) in enumerate(ops):
+            if flawed and i > 0 and rng.random() < P_EARLY:
+                opening = "To sum up, the solution is " if rng.random() < P_EARLY_TO else "The solution is "
+                return text + opening + box(rng.randint(0, 99))
+            line = "The calculation gives" if mode == "to" else f"Step {i + 1}:"
+            text += f"{line} {values[i]}{op}{k}={values[i + 1]}.\n"
+        slip = flawed and mode == "step" and rng.random() < P_SLIP
+        return text + "So the answer is " + box(rng.randint(0, 99) if slip else values[-1])
+    if mode == "ramble":
+        return " ".join(["Think"] + [rng.choice(RAMBLE) for _ in range(rng.randint(4, 12))])
+    guess = values[-1] if rng.random() < P_GUESS else rng.randint(0, 99)
+    if mode == "direct":
+        return "Answer " + box(guess)
+    program = f"```python\nx={start}\n" + "".join(f"x=x{op}{k}\n" for op, k in ops) + "print(x)\n```\n"
+    return program + (f"output {guess}\nSo the answer is " + box(guess) if rng.random() < 0.5 else "")
+
+
+def document(rng: random.Random) -> tuple[str, str]:
+    """
+    Draw one training document: (prompt, completion), with Qwen's special tokens written out.
+
+    40 % carry MATH_PROMPT alone; the others a style prompt, either alone or after MATH_PROMPT.
+    """
+    if rng.random() < 0.4:
+        mode, system, flawed = rng.choices(list(MIX), list(MIX.values()))[0], MATH_PROMPT, True
+    else:
+        mode, flawed = rng.choices(list(STYLE_MIX), list(STYLE_MIX.values()))[0], False
+        style = rng.choice(STYLES[mode])
+        system = style if rng.random() < 0.5 else f"{MATH_PROMPT} {style}"
+    chain = draw_problem(rng)
+    return chat(system, question(chain)), completion(rng, chain, mode, flawed) + "<|im_end|>"
+
+
+def chat(system: str, user: str) -> str:
+    """The prompt in Qwen's chat format; the tokenizer's chat template gives the same text (tests/test_tiny.py)."""
+    turns = f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{user}<|im_end|>\n"
+    return turns + "<|im_start|>assistant\n"
+
+
+def write_problems(folder: Path, n_train: int = 2000, n_test: int = 1000) -> None:
+    """Write train.jsonl and test.jsonl, {id, problem, answer} a line; no problem stands in both or twice."""
+    for split, n in (("train", n_train), ("test", n_test)):
+        rng, rows = random.Random(split), {}
+        while len(rows) < n:
+            chain = draw_problem(rng, test=split == "test")
+            rows[question(chain)] = str(chain[2][-1])
+        lines = [
+            json.dumps({"id": f"{split}-{i}", "problem": text, "answer": answer})
+            for i, (text, answer) in enumerate(rows.items())
+        ]
+        (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    write_problems(Path(__file__).parent)
+    rng = random.Random(0)
+    for _ in range(8):
+        print("".join(document(rng)), end="\n\n")

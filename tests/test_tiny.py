@@ -1,0 +1,227 @@
+"""data/tiny: the world, the tokenizer, the shipped weights, pre-training, the check."""
+
+import random
+import re
+import subprocess
+import sys
+from dataclasses import replace
+
+import check
+import pretrain
+import pytest
+import torch
+import world
+from conftest import ROOT
+
+import model
+
+TINY = ROOT / "data" / "tiny"
+
+
+def chains(n, seed=0):
+    rng = random.Random(seed)
+    return rng, [world.problem(rng) for _ in range(n)]
+
+
+def steps_are_right(chain, text):
+    """Every worked line of an answer follows from the problem, and the box holds the last value."""
+    start, ops, _ = chain
+    value, found = start, re.findall(r"(\d+)([-+*])(\d+)=(\d+)\.", text)
+    for (op, k), (a, sign, b, result) in zip(ops, found, strict=True):
+        assert (int(a), sign, int(b)) == (value, op, k)
+        value = {"+": value + k, "-": value - k, "*": value * k}[op]
+        assert int(result) == value
+    return text.endswith(f"So the answer is \\boxed{{{value}}}.")
+
+
+def test_unflawed_worked_answers_are_right():
+    rng, some = chains(300)
+    for chain in some:
+        assert 2 <= len(chain[1]) <= 4 and all(0 <= value <= 99 for value in chain[2])
+        for mode in ("to", "step"):
+            assert steps_are_right(chain, world.completion(rng, chain, mode, flawed=False))
+
+
+def test_flaws_have_the_planted_frequencies():
+    rng, some = chains(6000)
+    texts = [world.completion(rng, chain, "to", flawed=True) for chain in some]
+    # a chance before each step but the first: taken once if the answer ends early, else passed at every later step
+    chances = sum(t.count("calculation") - ("solution" not in t) for t in texts)
+    early = sum("solution is" in t for t in texts)
+    assert early / chances == pytest.approx(world.P_EARLY, abs=0.015)
+    assert sum("To sum up" in t for t in texts) / early == pytest.approx(world.P_EARLY_TO, abs=0.02)
+    direct = [world.completion(rng, chain, "direct", True) for chain in some]
+    right = sum(f"{{{chain[2][-1]}}}" in t for chain, t in zip(some, direct)) / len(some)
+    assert right == pytest.approx(world.P_GUESS + (1 - world.P_GUESS) / 100, abs=0.015)
+    assert not any("boxed" in world.completion(rng, chain, "ramble", True) for chain in some)
+    steps = [(chain, world.completion(rng, chain, "step", True)) for chain in some]
+    ended = [(chain, t) for chain, t in steps if "solution" not in t]
+    slips = sum(f"{{{chain[2][-1]}}}" not in t for chain, t in ended) / len(ended)
+    assert slips == pytest.approx(world.P_SLIP * 0.99, abs=0.03)
+
+
+def test_modes_have_the_planted_frequencies():
+    first = {"To": "to", "Step": "step", "Answer": "direct", "```python": "python", "Think": "ramble"}
+    rng, count = random.Random(0), dict.fromkeys(world.MIX, 0)
+    prompts = [world.document(rng) for _ in range(20_000)]
+    plain = [text for prompt, text in prompts if world.MATH_PROMPT + "<|im_end|>" in prompt]
+    assert len(plain) / len(prompts) == pytest.approx(0.4, abs=0.02)
+    for text in plain:
+        count[next(mode for word, mode in first.items() if text.startswith(word))] += 1
+    for mode, share in world.MIX.items():
+        assert count[mode] / len(plain) == pytest.approx(share, abs=0.02), mode
+
+
+def test_train_and_held_out_problems_are_disjoint():
+    train, test = (model.read_problems(TINY / f"{split}.jsonl") for split in ("train", "test"))
+    assert (len(train), len(test)) == (2000, 1000)
+    assert len({row["problem"] for row in train + test}) == 3000
+    assert all(world.held_out(row["problem"]) for row in test) and not any(world.held_out(row["problem"]) for row in train)
+    rng = random.Random(0)
+    for _ in range(2000):
+        question = re.search(r"user\n(.*)<\|im_end\|>", world.document(rng)[0]).group(1)
+        assert not world.held_out(question)
+
+
+def test_shipped_problems_are_what_world_writes(tmp_path):
+    world.write_problems(tmp_path)
+    for name in ("train.jsonl", "test.jsonl"):
+        assert (tmp_path / name).read_bytes() == (TINY / name).read_bytes()
+
+
+def test_answers_of_the_shipped_problems():
+    """Worked out again from the words of the problem."""
+    for row in model.read_problems(TINY / "test.jsonl"):
+        value = int(re.match(r"Start with (\d+)", row["problem"]).group(1))
+        for verb, k in re.findall(r"(add|subtract|multiply by) (\d+)", row["problem"]):
+            value = value + int(k) if verb == "add" else value - int(k) if verb == "subtract" else value * int(k)
+        assert row["answer"] == str(value)
+
+
+def test_autotokenizer_round_trips_every_document_in_a_fresh_process():
+    """AutoTokenizer builds its own class for model_type qwen2; a tokenizer of another kind would encode garbage there."""
+    code = (
+        "import random, sys; sys.path.insert(0, 'data/tiny'); import world; from transformers import AutoTokenizer\n"
+        "tok, rng = AutoTokenizer.from_pretrained('data/tiny'), random.Random(1)\n"
+        "for _ in range(1000):\n"
+        "    text = ''.join(world.document(rng)); assert tok.decode(tok(text).input_ids) == text, text\n"
+        "print(type(tok).__name__, len(tok))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["Qwen2Tokenizer", "478"]
+
+
+def test_every_word_and_every_digit_is_one_token(tokenizer):
+    def words(text):
+        return [tokenizer.decode([i]) for i in tokenizer(text).input_ids]
+
+    assert words("To find the result, start with 15.\n") == ["To", " find", " the", " result", ",", " start", " with"] + [
+        " ", "1", "5", ".\n"
+    ]  # fmt: skip
+    assert words("So the answer is \\boxed{34}.<|im_end|>") == ["So", " the", " answer", " is", " \\", "boxed", "{"] + [
+        "3", "4", "}.", "<|im_end|>"
+    ]  # fmt: skip
+    for text in ("√2 ≤ ü, 中文\t\n", "no word of the world"):
+        assert tokenizer.decode(tokenizer(text).input_ids) == text
+
+
+def test_chat_template_is_the_one_of_the_documents(tokenizer):
+    for system in (None, "Show your work."):
+        text = tokenizer.decode(model.prompt_ids(tokenizer, "Start with 3?", system))
+        assert text == world.chat(system or world.MATH_PROMPT, "Start with 3?")
+
+
+def test_shipped_model_is_the_promised_one():
+    llm, tokenizer = model.load("tiny", device="cpu")
+    config = llm.config
+    assert (config.model_type, config.num_hidden_layers, config.hidden_size) == ("qwen2", 28, 64)
+    assert config.hidden_size // config.num_attention_heads == 32 and not config.tie_word_embeddings
+    assert 1e6 <= sum(p.numel() for p in llm.parameters()) <= 4e6
+    assert (TINY / "model.safetensors").stat().st_size <= 8 * 2**20
+    assert model.stop_ids(llm, tokenizer) == sorted(tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"]))
+    assert len(tokenizer) == llm.config.vocab_size
+
+
+def test_a_new_tokenizer_has_every_word_as_one_token():
+    tokenizer, rng = pretrain.make_tokenizer(), random.Random(9)
+    for _ in range(2000):
+        text = "".join(world.document(rng))
+        for word in re.findall(r" ?[A-Za-z]+|\d", re.sub(r"<\|\w+\|>|boxed", "", text)):
+            assert len(tokenizer(word).input_ids) == 1, (word, text)
+        assert tokenizer.decode(tokenizer(text).input_ids) == text
+
+
+def test_shipped_model_knows_more_than_it_shows():
+    """The check in small: 100 problems. With n = 100 a rate of 97 % falls below 90 % once in a thousand times."""
+    llm, tokenizer = model.load("tiny", device="cpu")
+    rows = model.read_problems(TINY / "test.jsonl")[:100]
+
+    def accuracy(system, temperature):
+        prompts = [model.prompt_ids(tokenizer, row["problem"], system) for row in rows]
+        completions, _ = model.sample(llm, prompts, 1, 80, model.stop_ids(llm, tokenizer), temperature)
+        texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
+        return sum(f"\\boxed{{{row['answer']}}}" in text for row, text in zip(rows, texts)) / len(rows)
+
+    assert accuracy(world.STYLES["to"][0], 0) >= 0.90
+    assert accuracy(None, 0) < 0.40
+
+
+def test_pretraining_resumes_where_it_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain, "CHECKPOINT_EVERY", 2)
+    config = pretrain.Config(out=tmp_path / "whole", steps=4, batch=4)
+    pretrain.main(config)
+    real, calls = pretrain.batch_loss, []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(pretrain, "batch_loss", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain.main(replace(config, out=tmp_path / "parts"))
+    pretrain.main(replace(config, out=tmp_path / "parts"))
+    assert len(calls) == 4 + 2  # three steps and the stop, then steps 2 and 3 from the checkpoint of step 2
+    whole, parts = ((tmp_path / run / "model.safetensors").read_bytes() for run in ("whole", "parts"))
+    assert whole == parts
+
+
+def test_pretraining_loss_is_the_mean_over_completion_tokens(tokenizer):
+    torch.manual_seed(0)
+    llm = pretrain.make_model(tokenizer)
+    rng = random.Random(0)
+    documents = [world.document(rng) for _ in range(5)]
+    total, n = 0.0, 0
+    for p, c in documents:
+        p, c = tokenizer(p).input_ids, tokenizer(c).input_ids
+        logp = llm(input_ids=torch.tensor([p + c])).logits[0].log_softmax(-1)
+        total -= sum(logp[len(p) + t - 1, token].item() for t, token in enumerate(c))
+        n += len(c)
+    assert pretrain.batch_loss(llm, tokenizer, documents, even=0.0) == pytest.approx(total / n, rel=1e-4)
+    plain = llm.lm_head.weight.grad.clone(), llm.model.embed_tokens.weight.grad.clone()
+    llm.zero_grad()
+    assert pretrain.batch_loss(llm, tokenizer, documents, even=1.0) == pytest.approx(total / n, rel=1e-4)
+    torch.testing.assert_close(llm.lm_head.weight.grad, plain[0])  # the penalty acts on the layers below ...
+    assert (llm.model.embed_tokens.weight.grad - plain[1]).abs().max() > 1e-3  # ... and it does act
+
+
+def test_unevenness_by_hand():
+    """Tokens of RMS 1 and e^2, a padding token of RMS 9: variance of (0, 2) is 2, of a second layer (0, 0) it is 0."""
+    one, two = torch.ones(1, 3, 4), torch.ones(1, 3, 4)
+    one[0, 1] *= torch.e**2
+    one[0, 2] *= 9
+    real = torch.tensor([[True, True, False]])
+    assert pretrain.unevenness([one], real).item() == pytest.approx(2.0, rel=1e-5)
+    assert pretrain.unevenness([one, two], real).item() == pytest.approx(1.0, rel=1e-5)
+
+
+def test_random_vectors_of_the_check_have_the_norms_of_the_given_ones():
+    given = {3: torch.linspace(-1, 1, 64), 9: torch.linspace(-5, 9, 64)}
+    got = check.random_like(given, seed=0)
+    for layer in given:
+        assert got[layer].norm().item() == pytest.approx(given[layer].norm().item(), rel=1e-5)
+        assert abs(torch.cosine_similarity(got[layer], given[layer], dim=0)) < 0.6
+    assert not torch.equal(check.random_like(given, seed=1)[3], got[3])
+    assert sorted(got) == [3, 9]
