@@ -135,7 +135,7 @@ def unevenness(states, real: torch.Tensor) -> torch.Tensor:
     Mean over layers of the variance, over tokens, of log RMS(h_l). states: tensors (B, T, D); real: (B, T), no padding.
 
     Left alone, the last layers write the choice of the mode with a size five times that of every other token, and a
-    vector of ordinary size could not move it; in real LLMs all tokens but the first are of about one size.
+    vector of ordinary size hardly moved it; in real LLMs all tokens but the first are of about one size.
     """
     return torch.stack([h[real].pow(2).mean(-1).log().mul(0.5).var() for h in states]).mean()
 
