@@ -531,9 +531,11 @@ class VLLM:
                 max_num_seqs=max_rows,
                 gpu_memory_utilization=memory,
                 tensor_parallel_size=tensor_parallel,
-                distributed_executor_backend="external_launcher" if several and tensor_parallel == 1 else None,
+                distributed_executor_backend="external_launcher" if several else None,
                 logprobs_mode="processed_logprobs",  # after the temperature: those of the distribution that is sampled from
                 enable_prefix_caching=True,  # the k samples of a prompt share its keys and values
+                # a prompt that is read in two parts winds its random generator back, which a CPU's cannot
+                enable_chunked_prefill=False if llm.device.type == "cpu" else None,
                 enforce_eager=eager,
                 disable_log_stats=True,
             )

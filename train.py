@@ -75,16 +75,20 @@ class Config:
     dtype: str = "auto"                    # of the frozen model: float32, bfloat16; vectors and Adam are always float32
 
 
+def of_paper(kind: str, name: str) -> dict:
+    """The entry of data/paper.json ("recipes" or "lr") for a model, by the last part of its name: a local copy has it, too."""
+    entries = json.loads((DATA / "paper.json").read_text(encoding="utf-8"))[kind]
+    return next((entry for hub, entry in entries.items() if Path(hub).name == Path(name).name), {})
+
+
 def recipe(name: str) -> dict:
-    """Defaults for a model: the embedded one's, else those of P4 and B (from the authors' public configs)."""
+    """Defaults for a model: the embedded one's, else those of the authors, and for models they did not train the usual ones."""
     if name == "tiny":
         return dict(
             steps=32, prompts=16, samples=16, context=512, max_tokens=80, warmup=3, micro_tokens=4096, checkpoint=False
         )
-    short = Path(name).name.lower()
-    many = short in ("qwen2.5-1.5b", "llama-3.1-8b")  # base models that are seldom right at first
-    context = 4096 if "qwen2.5-math" in short else 8192
-    return dict(prompts=128, samples=64 if many else 16, context=context, micro_tokens=16384, checkpoint=True)
+    known = {key: value for key, value in of_paper("recipes", name).items() if key in ("prompts", "samples", "context")}
+    return dict(prompts=128, samples=16, context=8192, micro_tokens=16384, checkpoint=True) | known
 
 
 # ------------------------------------------------------------------------------------------------------------ the maths
@@ -360,6 +364,7 @@ def prepare(args: Config) -> tuple:
     llm, tokenizer = model.load(args.model, args.device, args.dtype)
     layers = parse_layers(args.layer, len(model.decoder_layers(llm)))
     args = replace(args, context=min(args.context, llm.config.max_position_embeddings))
+
     def fits(row):
         return len(model.prompt_ids(tokenizer, row["problem"], args.system, args.template)) < args.context
 
@@ -378,13 +383,11 @@ def learning_rates(args: Config, rms: dict[int, float]) -> dict[int, float]:
     if args.lr_absolute is not None:
         return dict.fromkeys(rms, args.lr_absolute)
     if args.lr == "paper":
-        table = json.loads((DATA / "paper.json").read_text(encoding="utf-8"))["lr"]
-        same = [entry for name, entry in table.items() if Path(name).name == Path(args.model).name]  # a local copy, too
-        found = same[0] if same else {"layers": {}}
+        found = {"layers": {}} | of_paper("lr", args.model)
         # all layers together have one rate of their own
         lr = {layer: found.get("all") if args.layer == "all" else found["layers"].get(str(layer)) for layer in rms}
         if lacking := [layer for layer in lr if lr[layer] is None]:
-            sys.exit(f"--lr paper: no rate for layer {lacking[0]} of {args.model!r}; there are some for {', '.join(table)}")
+            sys.exit(f"--lr paper: data/paper.json has no rate for layer {lacking[0]} of {args.model!r}")
         return lr
     # divided by the number of vectors, because their sum moves the stream: with 28 of them the undivided step diverges
     return {layer: args.lr * rms[layer] / len(rms) for layer in rms}

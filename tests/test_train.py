@@ -221,6 +221,20 @@ def test_rows_without_advantage_are_not_run(monkeypatch):
 # ------------------------------------------------------------------------------------------------------- settings, data
 
 
+def test_recipes_and_rates_of_the_papers():
+    """Typed from notes on the authors' configs: 64 answers for two base models, 4,096 tokens for Qwen2.5-Math."""
+    usual = {"prompts": 128, "samples": 16, "context": 8192, "micro_tokens": 16384, "checkpoint": True}
+    math7b = "Qwen/Qwen2.5-Math-7B"
+    assert train.recipe("some/other") == train.recipe("Qwen/Qwen2.5-7B") == usual
+    assert train.recipe(math7b) == train.recipe("/models/Qwen2.5-Math-7B") == usual | {"context": 4096}
+    assert train.recipe("Qwen/Qwen2.5-1.5B") == train.recipe("meta-llama/Llama-3.1-8B") == usual | {"samples": 64}
+    rms = {0: 1.0, 27: 2.0}
+    assert train.learning_rates(train.Config(model=math7b, lr="paper"), rms) == {0: 3e-3, 27: 0.1}
+    assert train.learning_rates(train.Config(model=math7b, lr="paper", layer="all"), rms) == {0: 1e-3, 27: 1e-3}
+    assert train.learning_rates(train.Config(lr=0.1), rms) == {0: 0.05, 27: 0.1}
+    assert train.learning_rates(train.Config(lr_absolute=0.7), rms) == {0: 0.7, 27: 0.7}
+
+
 def test_parse_layers():
     assert train.parse_layers("27", 28) == [27]
     assert train.parse_layers("-1", 28) == [27]
@@ -403,7 +417,7 @@ def test_a_finished_run_is_not_overwritten(tmp_path):
         ({"context": 40}, "--context 40: only 0 problems have prompts that leave room"),
         ({"vllm_memory": 1.5}, "--vllm-memory wants a share"),
         ({"weight_cap": 0.5}, "--weight-cap wants at least 1"),
-        ({"lr": "paper"}, "--lr paper: no rate for layer 27 of 'tiny'; there are some for Qwen"),
+        ({"lr": "paper"}, "--lr paper: data/paper.json has no rate for layer 27 of 'tiny'"),
         ({"dtype": "float16"}, "--dtype float16: gradients"),
         ({"data": "none.jsonl"}, "no problems at none.jsonl"),
     ],
