@@ -185,7 +185,7 @@ def check(args: Config) -> None:
     if not args.temperatures or min(args.temperatures) < 0:
         sys.exit("--temperatures wants one or more numbers from 0 up")
     if args.run is not None and not (Path(args.run) / "config.json").is_file():
-        sys.exit(f"no run in {args.run}: a run folder of train.py holds config.json and vectors.safetensors")
+        sys.exit(f"no run in {args.run}: a run folder of train.py holds config.json and vectors.safetensors or weights/")
     if args.benchmarks and args.data:
         sys.exit("give either --benchmarks or --data")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -213,9 +213,19 @@ def main(args: Config) -> dict:
     name = run["model"]
     benchmarks = {b: model.read_problems(path)[: args.problems] for b, path in files_of(args, name).items()}
     llm, tokenizer = model.load(name, args.device, run.get("dtype", "auto") if args.dtype == "auto" else args.dtype)
+    sample = b"".join(p.detach().flatten()[:256].float().cpu().numpy().tobytes() for p in llm.parameters())
     vectors, base_folder = {}, Path(args.out or f"out/{Path(name).resolve().name}-base")
     folder, state = base_folder, {"step": 0, "vectors": None}
-    if args.run is not None:
+    full = run.get("method") == "full"
+    if full:
+        path = Path(args.run) / "weights"
+        files = sorted(path.glob("*.safetensors"))
+        if not files:
+            sys.exit(f"no weights in {path}: the run did not get that far; train.py with --resume goes on with it")
+        # size and time, since a checksum would read the whole model
+        state = {"step": 0, "vectors": str([(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files])}
+        folder = Path(args.out or args.run)
+    elif args.run is not None:
         path = Path(args.run) / "vectors.safetensors"
         vectors, meta = model.load_vectors(path, llm, name)
         # the file's checksum, so that a run that was trained on or again is measured again
@@ -233,21 +243,23 @@ def main(args: Config) -> dict:
     }
     how = {key: asked[key] for key in ("template", "system", "prefix", "context", "max_tokens")}
     first = next(iter(benchmarks.values()))
-    sample = b"".join(p.detach().flatten()[:256].float().cpu().numpy().tobytes() for p in llm.parameters())
     engine = model.open_engine(
         args.sampler, name, llm, [model.prompt_ids(tokenizer, r["problem"], how["system"], how["template"]) for r in first[:8]],
-        context, args.vllm_memory, args.tensor_parallel, args.rows,
+        context, args.vllm_memory, args.tensor_parallel, args.rows, vectors,
     )  # fmt: skip
 
     seeds = args.seeds or ((0, 1, 2) if args.benchmarks else (0,))
 
-    def measured(who, given, place, temperature, benchmark, rows):
+    def measured(who, temperature, benchmark, rows):
+        given, place, about = {}, base_folder, {"step": 0, "vectors": None}
+        if who == "steered":
+            given, place, about = vectors, folder, state
         k = (args.samples or SAMPLES.get(benchmark, 1)) if temperature else 1  # greedy has no randomness: one answer says all
         results = []
         for seed in seeds if temperature else (0,):
             settings = {"benchmark": benchmark, "temperature": temperature, "seed": seed, "problems": len(rows), "samples": k}
             text = json.dumps(rows, sort_keys=True).encode()
-            settings |= asked | {"data": f"{zlib.crc32(text):08x}"} | (state if given else {"step": 0, "vectors": None})
+            settings |= asked | {"data": f"{zlib.crc32(text):08x}"} | about
             settings |= {"weights": f"{zlib.crc32(sample):08x}", "dtype": str(llm.dtype), "sampler": "vllm" if engine else "hf"}
             bar = f"{who}, {benchmark}, T = {temperature:g}, seed {seed}"
             compute = partial(
@@ -256,24 +268,28 @@ def main(args: Config) -> dict:
             results.append(load_or_measure(place, settings, compute))
         return summary(results)
 
-    found = {}
+    found = {t: {b: {"steered": None, "base": None, "difference": None} for b in benchmarks} for t in args.temperatures}
+    for who in ["base"] * (args.base or args.run is None) + ["steered"] * (args.run is not None):
+        if who == "steered" and full:  # all weights were trained: they take the base's place
+            model.replace_weights(llm, str(Path(args.run) / "weights"))
+            if engine is not None:
+                engine.push_weights(llm)
+        for temperature in args.temperatures:
+            for benchmark, rows in benchmarks.items():
+                found[temperature][benchmark][who] = measured(who, temperature, benchmark, rows)
     for temperature in args.temperatures:
-        found[temperature] = {}
-        for benchmark, rows in benchmarks.items():
-            row = {"steered": None, "base": None, "difference": None}
-            if vectors:
-                row["steered"] = measured("steered", vectors, folder, temperature, benchmark, rows)
-            if args.base or not vectors:
-                row["base"] = measured("base", {}, base_folder, temperature, benchmark, rows)
+        for row in found[temperature].values():
             if row["steered"] and row["base"]:
                 row["difference"] = difference(row["steered"], row["base"])
-            found[temperature][benchmark] = row
         if set(PAPERS) <= set(benchmarks):
             six = [found[temperature][benchmark] for benchmark in PAPERS]
             row = {who: average([r[who] for r in six]) if six[0][who] else None for who in six[0]}
             found[temperature]["Avg"] = row
 
-    what = f"{name}, " + (f"steered at layers {sorted(vectors)} ({args.run}, step {state['step']})" if vectors else "base model")
+    what = f"{name}, base model"
+    if args.run is not None:
+        where = "all weights" if full else f"steered at layers {', '.join(map(model.name_of, vectors))}, step {state['step']}"
+        what = f"{name}, {where} ({args.run})"
     what += f", answers begin with {args.prefix!r}" if args.prefix else ""
     folder.mkdir(parents=True, exist_ok=True)
     write_table(found, what, folder)

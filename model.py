@@ -3,14 +3,18 @@ The frozen LLM and its steering vectors: load a model, add vectors to its residu
 save and load vectors. Nothing here knows about rewards or training.
 
 A vector s_l is added to the residual stream at the end of decoder layer l (0-based), at every position, prompt included
-(arXiv:2509.06608, Sec. 2). Vectors are a plain dict {layer: fp32 tensor (D,)}.
+(arXiv:2509.06608, Sec. 2). Vectors are a plain dict {place: fp32 tensor (D,)}. A place is a layer number, meaning the end of
+that layer, or a pair: (25, "input-norm") is another site in layer 25, and (25, "lora_A"): (r, F) with (25, "lora_B"): (D, r)
+is a LoRA on its mlp.down_proj, a vector whose size depends on the token.
 
-Shapes: N prompts, k samples of each, B = N*k rows, P prompt tokens, C completion tokens, T = P + C, D width, V vocabulary.
+Shapes: N prompts, k samples of each, B = N*k rows, P prompt tokens, C completion tokens, T = P + C, D width, V vocabulary,
+F width inside the MLP, r rank of a LoRA.
 """
 
 import json
 import os
 import sys
+import time
 import zlib
 from contextlib import contextmanager
 from functools import partial
@@ -74,6 +78,14 @@ def load(name: str = "tiny", device: str = "auto", dtype: str = "auto"):
     except (RuntimeError, AssertionError) as error:  # torch's for a device that is not there
         sys.exit(f"--device {device}: {str(error).strip().splitlines()[0]}")
     return llm.eval().requires_grad_(False), tokenizer
+
+
+@torch.no_grad()
+def replace_weights(llm, name: str) -> None:
+    """Give a loaded model the weights of another of the same shape. name: as for `load`."""
+    other = dict(load(name, str(llm.device), str(llm.dtype).removeprefix("torch."))[0].named_parameters())
+    for key, weight in llm.named_parameters():
+        weight.copy_(other[key])
 
 
 def prompt_ids(tokenizer, problem: str, system: str | None = None, template: str | None = None) -> list[int]:
@@ -150,21 +162,63 @@ def decoder_layers(llm):
 # --------------------------------------------------------------------------------------------------------- the vectors
 
 
+SITES = ("input-norm", "attention", "post-attention-norm", "end")  # in the order of a layer; its components' outputs
+PRE_NORM = ("qwen2", "qwen3", "llama", "mistral")  # h += attention(norm(h)); h += mlp(norm(h)), and nothing else
+
+
+def layer_of(place) -> int:
+    """The layer of a place: 27 -> 27; (27, "attention") -> 27."""
+    return place[0] if isinstance(place, tuple) else place
+
+
+def name_of(place) -> str:
+    """A place as text, for files: 27 -> "27"; (27, "attention") -> "27.attention"."""
+    return f"{place[0]}.{place[1]}" if isinstance(place, tuple) else str(place)
+
+
+def site_module(llm, place):
+    """
+    The module whose output gets the vector of a place.
+
+    The end of a layer: the MLP's output, which in pre-norm models is the last summand of the layer: the same as a bias of
+    `mlp.down_proj`, so that an engine which has only that bias rounds alike. Other models scale or normalise the MLP's output
+    before they add it, so there the whole layer's output is taken. "attention" is the residual stream between attention and
+    MLP: by the same reasoning the attention's output projection. After a norm a vector reaches attention or MLP, not the stream.
+    """
+    layer, site = place if isinstance(place, tuple) else (place, "end")
+    block, kind = decoder_layers(llm)[layer], llm.config.model_type
+    if site == "end":
+        return block.mlp if kind in PRE_NORM else block
+    if site.startswith("lora"):
+        return block.mlp.down_proj
+    if kind not in (*PRE_NORM, "gemma2"):
+        sys.exit(f"--site {site}: known for {', '.join(PRE_NORM)} and gemma2, not for {kind!r}; --site end fits any model")
+    if site == "input-norm":
+        return block.input_layernorm
+    if site == "attention":  # Gemma 2 normalises the attention's output before it adds it
+        return block.post_attention_layernorm if kind == "gemma2" else block.self_attn.o_proj
+    return block.pre_feedforward_layernorm if kind == "gemma2" else block.post_attention_layernorm
+
+
 @contextmanager
-def steer(llm, vectors: dict[int, torch.Tensor]):
+def steer(llm, vectors: dict):
     """
     Inside the context, the residual stream after decoder layer l is h_l + s_l at every position. vectors: {l: (D,)}.
 
-    Added to the MLP's output, which in pre-norm models (Qwen2, Llama, Mistral) is the last summand of the layer: the same
-    as a bias of `mlp.down_proj`, so that an engine which has only that bias rounds alike. Other models scale or normalise the
-    MLP's output before they add it, so there the whole layer's output is taken.
+    A place (l, site) adds its vector to the output of that component instead. A LoRA adds B A x, x the input of mlp.down_proj
+    (arXiv:2505.18706, App. D, with alpha = r): for r = 1 the vector B[:, 0] times a number A x that every token has for itself.
     """
     handles = []
     try:
-        for layer, s in vectors.items():
-            block = decoder_layers(llm)[layer]
-            site = block.mlp if llm.config.model_type in ("qwen2", "qwen3", "llama", "mistral") else block
-            handles.append(site.register_forward_hook(partial(_add, s)))
+        for place, s in vectors.items():
+            match place:
+                case (layer, "lora_A"):
+                    hook = partial(_add_lora, s, vectors[layer, "lora_B"])
+                case (_, "lora_B"):
+                    continue
+                case _:
+                    hook = partial(_add, s)
+            handles.append(site_module(llm, place).register_forward_hook(hook))
         yield
     finally:
         for handle in handles:
@@ -177,47 +231,59 @@ def _add(s, module, args, output):
     return (h, *output[1:]) if isinstance(output, tuple) else h
 
 
+def _add_lora(A, B, module, args, output):
+    x = args[0]  # (B, T, F)
+    return output + (x @ A.to(x.dtype).T) @ B.to(x.dtype).T
+
+
 @torch.no_grad()
-def residual_rms(llm, prompts: list[list[int]], layers: list[int]) -> dict[int, float]:
+def residual_rms(llm, prompts: list[list[int]], places: list) -> dict:
     """
-    RMS(h_l), the size of the residual stream after layer l: {l: median over tokens of sqrt(mean of h^2 over D)}.
+    The size of what is steered: {place: median over tokens of sqrt(mean of h^2)}.
 
-    The median, because the first token of most LLMs is an attention sink whose norm is hundreds of times the others'.
+    h is, at the end of layer l and after its attention, the residual stream after layer l; at a norm its output; for
+    (l, "lora_A") the LoRA's input x, and for (l, "lora_B") the residual stream again. The median, because the first token of most
+    LLMs is an attention sink whose norm is hundreds of times the others'.
     """
-    found = {layer: [] for layer in layers}
+    found = {place: [] for place in places}
 
-    def keep(layer, module, args, output):
-        h = output[0] if isinstance(output, tuple) else output  # (1, P, D)
-        found[layer].append(h.float().pow(2).mean(-1).sqrt().flatten())
+    def keep(place, module, args, output):
+        h = args[0] if name_of(place).endswith("lora_A") else output[0] if isinstance(output, tuple) else output
+        found[place].append(h.float().pow(2).mean(-1).sqrt().flatten())  # h: (1, P, D or F)
 
-    handles = [decoder_layers(llm)[layer].register_forward_hook(partial(keep, layer)) for layer in layers]
+    handles = []
+    for place in places:
+        on_the_stream = not isinstance(place, tuple) or place[1] in ("end", "attention", "lora_B")
+        module = decoder_layers(llm)[layer_of(place)] if on_the_stream else site_module(llm, place)
+        handles.append(module.register_forward_hook(partial(keep, place)))
     try:
         for ids in prompts:
             llm.get_decoder()(input_ids=torch.tensor([ids], device=llm.device), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
-    return {layer: torch.cat(sizes).median().item() for layer, sizes in found.items()}
+    return {place: torch.cat(sizes).median().item() for place, sizes in found.items()}
 
 
-def save_vectors(path, vectors: dict[int, torch.Tensor], llm, model: str, step: int) -> None:
-    """Write vectors as safetensors ("layers.27": (D,) fp32) with metadata that says which model and site they belong to."""
+def save_vectors(path, vectors: dict, llm, model: str, step: int) -> None:
+    """Write vectors as safetensors ("layers.27", "layers.25.attention", ...: fp32) with metadata that says whose they are."""
+    sites = {place[1].split("_")[0] if isinstance(place, tuple) else "end" for place in vectors}
     metadata = {
         "model": model,
         "width": str(llm.config.hidden_size),
         "num_layers": str(len(decoder_layers(llm))),
-        "site": "end of layer",
+        "site": ", ".join(sorted(sites)).replace("end", "end of layer"),
         "step": str(step),
     }
-    tensors = {f"layers.{layer}": s.detach().float().cpu().contiguous() for layer, s in vectors.items()}
+    tensors = {f"layers.{name_of(place)}": s.detach().float().cpu().contiguous() for place, s in vectors.items()}
     temporary = Path(f"{path}.tmp")
     save_file(tensors, temporary, metadata)
     temporary.replace(path)  # a stop in the middle leaves the old file whole
 
 
-def load_vectors(path, llm, model: str | None = None) -> tuple[dict[int, torch.Tensor], dict[str, str]]:
+def load_vectors(path, llm, model: str | None = None) -> tuple[dict, dict[str, str]]:
     """
-    Read what save_vectors wrote: ({layer: (D,) fp32 on the model's device}, metadata).
+    Read what save_vectors wrote: ({place: fp32 tensor on the model's device}, metadata).
 
     model: the name the vectors must have been trained for; None allows another model of the same width and depth
     (transfer). Exits with one line when the file is not such a file or does not fit the model.
@@ -240,10 +306,15 @@ def load_vectors(path, llm, model: str | None = None) -> tuple[dict[int, torch.T
             f"{path} fits a model of width {meta['width']} and {meta['num_layers']} layers; "
             f"this one has width {width} and {depth} layers"
         )
-    vectors = {int(name.removeprefix("layers.")): s.to(llm.device) for name, s in tensors.items()}
-    wrong = [layer for layer, s in vectors.items() if s.shape != (width,) or not 0 <= layer < depth]
-    if wrong:
-        sys.exit(f"{path}: layers {wrong} do not fit a model of {depth} layers of width {width}")
+    vectors = {}
+    for name, s in tensors.items():
+        layer, *site = name.removeprefix("layers.").split(".")
+        known = not site or site[0] in (*SITES, "lora_A", "lora_B")
+        inner = getattr(llm.config, "intermediate_size", None)
+        shapes = {"lora_A": [(s.shape[0], inner)], "lora_B": [(width, s.shape[-1])]}.get(*site or [""], [(width,)])
+        if not (layer.isdigit() and int(layer) < depth and known and tuple(s.shape) in shapes):
+            sys.exit(f"{path}: {name} of shape {tuple(s.shape)} does not fit a model of {depth} layers of width {width}")
+        vectors[(int(layer), site[0]) if site else int(layer)] = s.to(llm.device)
     return vectors, meta
 
 
@@ -445,23 +516,38 @@ VLLM_MODELS = {  # architectures that the engine can steer, and where vLLM keeps
 }
 
 
-class DownProjBias:
+class Steered:
     """
-    Mixed into a vLLM model: every mlp.down_proj gets a bias, which is s_l.
+    Mixed into a vLLM model: every mlp.down_proj and self_attn.o_proj gets a bias, the vector at the end of the layer and after
+    its attention; with `lora_rank` in the config every mlp.down_proj gets the two matrices of a LoRA, too.
 
-    A buffer, since vLLM's loader wants every *parameter* from the checkpoint. Made in __init__, since vLLM compiles and
+    Buffers, since vLLM's loader wants every *parameter* from the checkpoint. Made in __init__, since vLLM compiles and
     captures CUDA graphs while it starts: a hook or bias that comes later is ignored without a word. In place ever after.
-    With tensor parallelism vLLM adds the bias of rank 0 only, before the sum over ranks.
+    With tensor parallelism vLLM adds the bias of rank 0 only, before the sum over ranks, and every rank has its columns of A.
     """
 
     def __init__(self, *, vllm_config, prefix=""):
         super().__init__(vllm_config=vllm_config, prefix=prefix)
+        rank = getattr(vllm_config.model_config.hf_config, "lora_rank", 0)
         for block in self.model.layers:
-            if hasattr(block, "mlp"):  # a rank of a pipeline has placeholders for the layers of others
+            if not hasattr(block, "mlp"):  # a rank of a pipeline has placeholders for the layers of others
+                continue
+            for linear in (block.mlp.down_proj, block.self_attn.o_proj):
+                assert linear.bias is None, "this model has a bias of its own where the vectors go; use --sampler hf"
+                del linear.bias
+                linear.register_buffer("bias", torch.zeros(linear.output_size, dtype=linear.params_dtype), persistent=False)
+            if rank:
                 down = block.mlp.down_proj
-                assert down.bias is None, "this model's down_proj has a bias of its own; use --sampler hf"
-                del down.bias
-                down.register_buffer("bias", torch.zeros(down.output_size, dtype=down.params_dtype), persistent=False)
+                A = torch.zeros(rank, down.input_size_per_partition, dtype=down.params_dtype)
+                B = torch.zeros(down.output_size, rank, dtype=down.params_dtype)
+                down.register_buffer("lora_A", A, persistent=False)
+                down.register_buffer("lora_B", B, persistent=False)
+                # the part of it that multiplies by the weight, before the sum over ranks; every module has one of its own
+                down.quant_method.apply = partial(_apply_with_lora, down.quant_method.apply)
+
+
+def _apply_with_lora(apply, linear, x, bias=None):
+    return apply(linear, x, bias) + (x @ linear.lora_A.T) @ linear.lora_B.T
 
 
 def register_vllm_models():
@@ -470,19 +556,25 @@ def register_vllm_models():
 
     for name, file in VLLM_MODELS.items():
         stock = getattr(import_module(f"vllm.model_executor.models.{file}"), name)
-        ModelRegistry.register_model(f"Steered{name}", type(f"Steered{name}", (DownProjBias, stock), {}))
+        ModelRegistry.register_model(f"Steered{name}", type(f"Steered{name}", (Steered, stock), {}))
 
 
 class _Worker:
     """Mixed into vLLM's workers, which may be other processes: they get the vectors as bytes."""
 
     @torch.inference_mode()
-    def set_vectors(self, raw: bytes, shape: list[int]):
-        """raw: fp32 numbers of all layers, (L, D)."""
-        S = torch.frombuffer(bytearray(raw), dtype=torch.float32).view(*shape)
-        for block, s in zip(self.get_model().model.layers, S):
+    def set_vectors(self, raw: dict[str, bytes], shapes: dict[str, list[int]]):
+        """raw: fp32 numbers of all layers by site. "end", "attention": (L, D); "lora_A": (L, r, F); "lora_B": (L, D, r)."""
+        given = {site: torch.frombuffer(bytearray(raw[site]), dtype=torch.float32).view(*shapes[site]) for site in raw}
+        for l, block in enumerate(self.get_model().model.layers):
             if hasattr(block, "mlp"):
-                block.mlp.down_proj.bias.copy_(s)
+                down = block.mlp.down_proj
+                down.bias.copy_(given["end"][l])
+                block.self_attn.o_proj.bias.copy_(given["attention"][l])
+                if "lora_A" in given:
+                    columns = down.lora_A.shape[1]
+                    down.lora_A.copy_(given["lora_A"][l][:, down.tp_rank * columns :][:, :columns])
+                    down.lora_B.copy_(given["lora_B"][l])
 
 
 def __getattr__(name):
@@ -496,10 +588,11 @@ def __getattr__(name):
 class VLLM:
     """A vLLM engine with the same weights as a loaded model, and vectors that change between calls."""
 
-    def __init__(self, name: str, llm, context: int, memory=0.45, tensor_parallel=1, max_rows=512, eager=False):
+    def __init__(self, name: str, llm, context: int, memory=0.45, tensor_parallel=1, max_rows=512, lora_rank=0, eager=False):
         """
         name, llm: what `load` was given and gave. context: tokens of prompt and answer together. memory: share of the GPU's
-        whole memory for vLLM's weights and cache, beside what this process holds. eager: no compilation, no CUDA graphs.
+        whole memory for vLLM's weights and cache, beside what this process holds. lora_rank: of the LoRA that it will be given, 0
+        for none. eager: no compilation, no CUDA graphs.
         """
         architecture = llm.config.architectures[0]
         if architecture not in VLLM_MODELS:
@@ -520,11 +613,14 @@ class VLLM:
             sys.exit("--tensor-parallel: torchrun gives every process one GPU; start a single process with python instead")
         if not several and llm.device.index:
             sys.exit(f"--device {llm.device}: vLLM takes the first GPU that it sees; choose with CUDA_VISIBLE_DEVICES instead")
-        self.depth, self.width = len(decoder_layers(llm)), llm.config.hidden_size
+        depth, width, inner = len(decoder_layers(llm)), llm.config.hidden_size, llm.config.intermediate_size
+        self.shapes = {"end": [depth, width], "attention": [depth, width]}  # of what `push` sends
+        if lora_rank:
+            self.shapes |= {"lora_A": [depth, lora_rank, inner], "lora_B": [depth, width, lora_rank]}
         try:
             self.engine = vllm.LLM(
                 str(TINY) if name == "tiny" else name,
-                hf_overrides={"architectures": [f"Steered{architecture}"]},
+                hf_overrides={"architectures": [f"Steered{architecture}"], "lora_rank": lora_rank},
                 worker_extension_cls="model.VLLMWorker",
                 dtype=str(llm.dtype).removeprefix("torch."),
                 max_model_len=context,
@@ -548,13 +644,30 @@ class VLLM:
         if torch.get_num_threads() != threads:  # vLLM sets it to 1
             torch.set_num_threads(threads)
 
-    def push(self, vectors: dict[int, torch.Tensor]) -> None:
-        """Give vectors to the engine. {l: (D,)}; layers that are not named get zero."""
-        S = torch.zeros(self.depth, self.width)
-        for layer, s in vectors.items():
-            S[layer] = s.detach().float().cpu()
-        self.engine.collective_rpc("set_vectors", args=(S.numpy().tobytes(), list(S.shape)))
-        # keys and values above a changed vector are stale, and vLLM does not notice
+    def push(self, vectors: dict) -> None:
+        """Give vectors to the engine. {place: tensor}; places that are not named get zero."""
+        stacks = {site: torch.zeros(shape) for site, shape in self.shapes.items()}
+        for place, s in vectors.items():
+            layer, site = place if isinstance(place, tuple) else (place, "end")
+            if site not in stacks:
+                sys.exit(f"--sampler vllm: a vector at {name_of(place)} is no bias of vLLM's layers; use --sampler hf")
+            stacks[site][layer] = s.detach().float().cpu()
+        began = time.perf_counter()
+        raw = {site: stack.numpy().tobytes() for site, stack in stacks.items()}
+        self.engine.collective_rpc("set_vectors", args=(raw, self.shapes))
+        self.forget()
+        self.sync_seconds = time.perf_counter() - began
+
+    def push_weights(self, llm) -> None:
+        """Give the engine all weights of the model. It must live in this process: the tensors are handed over as they are."""
+        began = time.perf_counter()
+        weights = [(name, weight.detach()) for name, weight in llm.named_parameters()]
+        self.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        self.forget()
+        self.sync_seconds = time.perf_counter() - began
+
+    def forget(self) -> None:
+        """Drop the prefix cache: keys and values above a changed vector are stale, and vLLM does not notice."""
         if not self.engine.reset_prefix_cache():
             raise RuntimeError("vLLM did not drop its prefix cache: answers to the same prompt would mix two sets of vectors")
 
@@ -586,10 +699,13 @@ class VLLM:
         Returns mean |difference| of token log-probs in nats: "steered" and "base" (the engine against the model, both with the
         same vectors), "effect" (the engine with vectors against the model without: how much there is to miss).
         """
-        layers = range(self.depth)
-        rms = residual_rms(llm, prompts[:2], list(layers))
         draw = torch.Generator().manual_seed(0)
-        vectors = {l: 0.3 * rms[l] * torch.randn(self.width, generator=draw).to(llm.device) for l in layers}
+        vectors = {}  # at every place that the engine has
+        for site, (depth, *shape) in self.shapes.items():
+            places = [(l, site) for l in range(depth)]
+            for place, size in residual_rms(llm, prompts[:2], places).items():
+                scale = 1 / (size * shape[-1] ** 0.5) if site == "lora_A" else 0.2 * size  # A x has size 1
+                vectors[place] = scale * torch.randn(shape, generator=draw).to(llm.device)
         found = {}
         for name, given in (("base", {}), ("steered", vectors)):
             completions, _, logps = self.sample(given, prompts, 1, [max_tokens] * len(prompts), [], 1.0)
@@ -614,19 +730,25 @@ class VLLM:
 
 
 def open_engine(
-    sampler: str, name: str, llm, prompts: list[list[int]], context: int, memory=0.45, tensor_parallel=1, max_rows=512
-) -> VLLM | None:
+    sampler: str, name: str, llm, prompts: list[list[int]], context: int, memory=0.45, tensor_parallel=1, max_rows=512,
+    vectors: dict | None = None,
+) -> VLLM | None:  # fmt: skip
     """
     The vLLM engine of a loaded model, tested against it on some prompts; None where the model itself is to sample.
 
     sampler: "hf", "vllm", or "auto" (vLLM where it is installed, the model on a CUDA device and of a kind it can steer).
+    vectors: what it will be given, for their places and shapes.
     """
+    norms = [place for place in vectors or {} if isinstance(place, tuple) and place[1].endswith("norm")]
     if sampler == "auto":
-        able = llm.device.type == "cuda" and find_spec("vllm") and llm.config.architectures[0] in VLLM_MODELS
+        able = llm.device.type == "cuda" and find_spec("vllm") and llm.config.architectures[0] in VLLM_MODELS and not norms
         sampler = "vllm" if able else "hf"
     if sampler == "hf":
         return None
-    engine = VLLM(name, llm, context, memory, tensor_parallel, max_rows)
+    if norms:
+        sys.exit(f"--sampler vllm: a vector after a norm ({name_of(norms[0])}) is no bias of vLLM's layers; use --sampler hf")
+    ranks = {s.shape[0] for place, s in (vectors or {}).items() if name_of(place).endswith("lora_A")}
+    engine = VLLM(name, llm, context, memory, tensor_parallel, max_rows, lora_rank=max(ranks, default=0))
     found = engine.self_test(llm, [p for p in prompts if len(p) + 32 < context])
     print(
         f"vLLM agrees with Hugging Face: mean difference of token log-probs {found['steered']:.2g} nats under random vectors, "
@@ -685,13 +807,24 @@ def token_logps(
     assert head.bias is None, "an output layer with a bias is not supported"
     scaled = [name for name in ("logits_scaling", "logit_scale") if getattr(llm.config, name, None) is not None]
     assert not scaled, f"models with {scaled} are not supported"
-    logps = _HeadLogps.apply(h, head.weight, target, temperature, cap, chunk)
+    if head.weight.requires_grad:  # full fine-tuning: the head's own gradient needs the logits again
+        parts = zip(h.split(chunk), target.split(chunk))
+        logps = torch.cat([checkpoint(_logps, x, head.weight, y, temperature, cap, use_reentrant=False) for x, y in parts])
+    else:
+        logps = _HeadLogps.apply(h, head.weight, target, temperature, cap, chunk)
     return torch.zeros(mask.shape, device=h.device).masked_scatter(mask, logps), mask
+
+
+def _logps(h, W, target, temperature, cap):
+    """Log-probs of targets under the output layer: h (n, D), W (V, D), target (n,) -> (n,), fp32."""
+    logits = (h @ W.T).float()
+    logits = logits if cap is None else cap * torch.tanh(logits / cap)
+    return (logits / temperature).log_softmax(-1).gather(-1, target[:, None]).squeeze(-1)
 
 
 class _HeadLogps(torch.autograd.Function):
     """
-    Log-probs of targets under the output layer: h (n, D), W (V, D), target (n,) -> (n,), fp32.
+    As _logps, where the output layer is frozen.
 
     A function of our own, because d logp / d h = (one-hot of the target - probabilities) W / temperature can be had while the
     logits of a chunk are there: two products with W in all, and no logits kept. Autograd would keep them, checkpointing

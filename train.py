@@ -4,22 +4,29 @@ Train steering vectors in the residual stream of a frozen LLM with RLOO (arXiv:2
 $ python train.py --layer 27                                  # embedded model, 2 CPU cores: 2 minutes, reward 20 -> 75 %
 $ python train.py --layer all                                 # one vector per layer (arXiv:2505.18706)
 $ python train.py --layer 3,14 --steps 40 --seed 1 --out out/pair
+$ python train.py --layer 25 --site input-norm                # a vector at another site (arXiv:2509.06608, Fig. 10)
+$ python train.py --layer 14 --method lora --rank 1           # a vector whose size every token decides for itself
+$ python train.py --method full                               # all weights, the papers' baseline
 $ python train.py --layer 27 --resume                         # goes on where a run was stopped
 
 The loop is the paper's: sample k answers to each of N problems from the steered model, reward 1 if the boxed answer is
 right, advantage = reward minus the mean of the prompt's other rewards, one Adam step on the vectors. No KL, no clipped
 ratio, no division by a standard deviation, one update per batch of rollouts.
 
-Writes to the run folder: config.json, vectors.safetensors, metrics.jsonl, samples.jsonl, state.pt, reward.png.
+Writes to the run folder: config.json, vectors.safetensors (or weights/), metrics.jsonl, samples.jsonl, state.pt, cost.json,
+reward.png.
 """
 
 import json
 import math
 import os
 import random
+import shutil
+import statistics
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -44,6 +51,11 @@ class Config:
 
     layer: str = "27"                      # decoder layers that get a vector, 0-based: 27, -1 (the last), 3,14 or all
     model: str = "tiny"                    # the embedded model, a local folder or a Hugging Face hub id; kept frozen
+    method: Literal["vector", "lora", "full"] = "vector"  # vectors; LoRA on mlp.down_proj of the layers; all weights
+    site: Literal["input-norm", "attention", "post-attention-norm", "end"] = "end"  # component whose output gets the vector
+    rank: int = 1                          # of the LoRA
+    orthogonal_to: tuple[str, ...] = ()    # runs to whose vectors at the same place the new one is kept orthogonal
+    init: str | None = None                # run whose vectors to start from; those that are not trained stay as they are
     data: str | None = None                # jsonl of {problem, answer}; default data/tiny/train.jsonl; data/deepscaler.jsonl
     held_out: str | None = None            # jsonl for the comparison at the end; default data/tiny/test.jsonl; data/math500.jsonl
     steps: int | None = None               # RLOO updates; default 32; one epoch, 314 on DeepScaleR
@@ -54,11 +66,11 @@ class Config:
     template: Literal["native", "qwen-math", "r1"] | None = None  # of the prompt; default native, r1 without a chat template
     system: str | None = None              # system message; default: reason step by step, and put the answer in a box
     lr: float | Literal["paper"] = 0.06    # Adam step on s_l as a share of RMS(h_l) / number of vectors; paper: data/paper.json's
-    lr_absolute: float | None = None       # Adam step in the units of the residual stream, undivided; replaces --lr
+    lr_absolute: float | None = None       # Adam step as it is, undivided; replaces --lr; default of full 1e-3 (tiny); 1e-6
     warmup: int | None = None              # steps over which the learning rate rises to its value; default 3; 3 % of an epoch
     clip: float = 2.0                      # largest norm of the gradient of all vectors together
     temperature: float = 1.0               # of the sampler; training divides its logits by the same number (paper: 1)
-    reward: Literal["verify", "random"] = "verify"  # Math-Verify on the boxed answer, or a coin (control)
+    reward: Literal["verify", "sign", "random"] = "verify"  # 1 or 0 by Math-Verify; 1 or -1, as the authors; a coin (control)
     sampler: Literal["auto", "hf", "vllm"] = "auto"  # auto: vllm where it is installed beside a CUDA device
     vllm_memory: float = 0.45              # share of the GPU's memory for vLLM's weights and cache; the rest is for training
     tensor_parallel: int = 1               # GPUs that one vLLM engine is spread over
@@ -68,8 +80,9 @@ class Config:
     checkpoint: bool | None = None         # recompute the layers above the vectors in the backward pass; default no; yes
     eval_problems: int = 400               # held-out problems for the comparison at the end; 0: none
     sample_every: int = 4                  # steps between entries in samples.jsonl
+    save_every: int | None = None          # steps between states that --resume can go on from; default 1; 53 with full
     seed: int = 0                          # of the order of the problems, the rollouts and the held-out samples
-    out: str | None = None                 # run folder; default out/MODEL-layerLAYER
+    out: str | None = None                 # run folder; default out/MODEL-layerLAYER and what is not usual, or out/MODEL-full
     resume: bool = False                   # go on with the run in that folder
     device: str = "auto"                   # cpu, cuda, ...
     dtype: str = "auto"                    # of the frozen model: float32, bfloat16; vectors and Adam are always float32
@@ -150,7 +163,7 @@ def accumulate_gradient(
     llm, vectors, rolled: model.Rollouts, advantages, temperature, budget, total_tokens=None, cap=2.0, recompute=False
 ) -> dict[str, float]:
     """
-    Add d loss / d s_l to the .grad of every vector. Rows with A = 0 add nothing and are not run.
+    Add d loss / d s_l to the .grad of every vector that requires it. Rows with A = 0 add nothing and are not run.
 
     advantages: (B,). budget: tokens of a micro-batch. total_tokens: of the completions of all processes, if there are others.
     cap: of the importance weights, if the sampler gave log-probs (0: none). recompute: see model.checkpointed.
@@ -162,7 +175,8 @@ def accumulate_gradient(
     rows = advantages.nonzero().flatten().tolist()
     lengths = [len(prompts[i]) + len(completions[i]) for i in rows]
     sums = dict.fromkeys(["loss", "tokens", "nats", "off", "off_max", "clipped"], 0.0)
-    above = min(vectors) if recompute else len(model.decoder_layers(llm))
+    lowest = min((model.layer_of(place) for place, s in vectors.items() if s.requires_grad), default=-1)  # -1: all weights train
+    above = lowest if recompute else len(model.decoder_layers(llm))
     with model.steer(llm, vectors), model.checkpointed(llm, above):
         for batch in micro_batches(lengths, budget):
             batch = [rows[j] for j in batch]
@@ -183,6 +197,83 @@ def accumulate_gradient(
             sums["tokens"] += mask.sum().item()
             sums["nats"] -= logps.sum().item()
     return sums
+
+
+def orthogonal(s: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
+    """s without its part in the span of the orthonormal rows of basis. (D,), (n, D) -> (D,)"""
+    return s - (s @ basis.T) @ basis
+
+
+# ------------------------------------------------------------------------------------------------------ what is trained
+
+
+def places_of(args: Config, layers: list[int]) -> list:
+    """Where something is trained: layers, (layer, site) pairs, or the two matrices of a LoRA; nothing for all weights."""
+    if args.method == "full":
+        return []
+    if args.method == "lora":
+        return [(layer, matrix) for layer in layers for matrix in ("lora_A", "lora_B")]
+    return [layer if args.site == "end" else (layer, args.site) for layer in layers]
+
+
+def start_values(args: Config, llm, rms: dict) -> tuple[dict, dict]:
+    """
+    ({place: fp32 tensor to train}, {place: tensor that stays fixed}). rms: {place: size there}, of every place to train.
+
+    Zeros, so that step 0 is the base model, except a LoRA's A: random, of such a size that A x is about 1, so that a step on
+    B moves the stream as far as the same step on a vector. With --init from that run.
+    """
+    draw = torch.Generator().manual_seed(args.seed)
+    c, values = llm.config, {}
+    for place in rms:
+        if model.name_of(place).endswith("lora_A"):
+            values[place] = torch.randn(args.rank, c.intermediate_size, generator=draw) / c.intermediate_size**0.5 / rms[place]
+        else:
+            values[place] = torch.zeros((c.hidden_size, args.rank) if args.method == "lora" else c.hidden_size)
+    given = model.load_vectors(Path(args.init) / "vectors.safetensors", llm)[0] if args.init else {}
+    for place in values:
+        if place in given and given[place].shape != values[place].shape:
+            sys.exit(f"--init {args.init}: its LoRA has another rank than --rank {args.rank}")
+        values[place] = given.pop(place, values[place]).to(llm.device).requires_grad_()
+    return values, given
+
+
+def earlier_directions(args: Config, llm, places: list) -> dict:
+    """{place: (n, D) orthonormal rows that span the vectors which the runs of --orthogonal-to have there}."""
+    runs = [model.load_vectors(Path(run) / "vectors.safetensors", llm)[0] for run in args.orthogonal_to]
+    for place in places:
+        for run, vectors in zip(args.orthogonal_to, runs):
+            if place not in vectors:
+                sys.exit(f"--orthogonal-to {run}: that run has no vector at {model.name_of(place)}")
+    if not runs:
+        return {}
+    stacks = {place: torch.stack([vectors[place] for vectors in runs], 1) for place in places}  # (D, n)
+    return {place: torch.linalg.qr(stack.double().cpu()).Q.T.float().to(llm.device) for place, stack in stacks.items()}
+
+
+def all_weights(llm) -> dict[str, torch.Tensor]:
+    """
+    Every weight as an fp32 copy to train, {name: tensor}; gradients of the model's weights are added to the copies' .grad.
+
+    In bfloat16 a weight ignores steps below 1/256 of itself, and sums of small gradients lose most of their digits.
+    """
+    masters = {}
+
+    def hand_over(name, weight):
+        masters[name].grad += weight.grad.float()
+        weight.grad = None
+
+    for name, weight in llm.named_parameters():
+        masters[name] = weight.detach().float().clone().requires_grad_()
+        weight.requires_grad_().register_post_accumulate_grad_hook(partial(hand_over, name))
+    return masters
+
+
+@torch.no_grad()
+def write_back(llm, masters: dict[str, torch.Tensor]) -> None:
+    """Copy the trained copies into the model."""
+    for name, weight in llm.named_parameters():
+        weight.copy_(masters[name])
 
 
 # -------------------------------------------------------------------------------------------------- settings and files
@@ -208,7 +299,7 @@ def check(args: Config) -> None:
     """Exit with one line for a setting that cannot work, before anything is loaded or written."""
     least = {
         "steps": 1, "prompts": 1, "samples": 2, "max_tokens": 1, "warmup": 1, "sample_every": 1, "rows": 1, "context": 2,
-        "tensor_parallel": 1, "micro_tokens": 1,
+        "tensor_parallel": 1, "micro_tokens": 1, "rank": 1, "save_every": 1,
     }  # fmt: skip
     for name, low in least.items():
         if (value := getattr(args, name)) is not None and value < low:
@@ -220,6 +311,12 @@ def check(args: Config) -> None:
         sys.exit(f"--vllm-memory wants a share of the GPU's memory between 0 and 1, got {args.vllm_memory}")
     if args.weight_cap and args.weight_cap < 1:
         sys.exit(f"--weight-cap wants at least 1, or 0 for no weights, got {args.weight_cap}")
+    other = {"lora": ("site", "orthogonal_to"), "full": ("site", "orthogonal_to", "init")}.get(args.method, ())
+    for name in other:
+        if getattr(args, name) != getattr(Config, name):
+            sys.exit(f"--{name.replace('_', '-')} goes with --method vector, not with {args.method}")
+    if args.method == "full" and (args.tensor_parallel > 1 or args.lr == "paper"):
+        sys.exit("--method full has its own rate (--lr-absolute), and its weights reach vLLM with --tensor-parallel 1 only")
     if args.dtype == "float16":
         sys.exit("--dtype float16: gradients divided by all tokens of a batch underflow there; use bfloat16 or float32")
 
@@ -232,10 +329,11 @@ def open_run(args: Config, out: Path) -> None:
         if not (out / "state.pt").is_file():
             sys.exit(f"--resume: no run to go on with in {out}; start one without --resume, or name its folder with --out")
         saved = json.loads(config.read_text())
+        settings = json.loads(json.dumps(settings))  # as the file has them: lists, not tuples
         # these change no number that was already computed
-        free = "steps eval_problems held_out device sampler vllm_memory tensor_parallel rows micro_tokens checkpoint".split()
+        free = "steps eval_problems held_out device sampler vllm_memory tensor_parallel rows micro_tokens checkpoint save_every"
         for name in settings:
-            if name not in free and saved.get(name) != settings[name]:
+            if name not in free.split() and saved.get(name) != settings[name]:
                 sys.exit(f"--resume: the run in {out} has {name} = {saved.get(name)!r}, now it is {settings[name]!r}")
     elif (out / "state.pt").exists():
         sys.exit(f"{out} holds a run already: add --resume to go on with it, name another --out, or delete the folder")
@@ -245,13 +343,36 @@ def open_run(args: Config, out: Path) -> None:
 
 def save_state(path: Path, step: int, vectors: dict, adam: torch.optim.Adam) -> None:
     """
-    Everything that the next step depends on: the vectors, Adam's moments and the number of steps done.
+    Everything that the next step depends on: the trained tensors, Adam's moments and the number of steps done.
 
     No random state: the order of the problems is a function of (seed, epoch), the rollouts are one of (seed, step).
     """
     temporary = path.with_suffix(".tmp")
-    torch.save({"step": step, "vectors": {l: s.detach() for l, s in vectors.items()}, "adam": adam.state_dict()}, temporary)
+    torch.save({"step": step, "vectors": {p: s.detach() for p, s in vectors.items()}, "adam": adam.state_dict()}, temporary)
     temporary.replace(path)  # a stop in the middle of writing leaves the last step's state whole
+
+
+def save_weights(folder: Path, llm, tokenizer) -> None:
+    """Write the model in the Hugging Face format."""
+    temporary = folder.with_suffix(".tmp")
+    llm.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+
+
+def write_cost(path: Path, args: Config, trained: dict, adam: torch.optim.Adam, metrics: list[dict], sampler: str) -> None:
+    """cost.json: what this way of training costs (arXiv:2505.18706, Tables 3 and 5). Seconds are medians over steps."""
+    state = [x for moments in adam.state.values() for x in moments.values() if torch.is_tensor(x)]
+    cost = {
+        "method": args.method + (f"-{args.rank}" if args.method == "lora" else ""),
+        "trained_parameters": sum(s.numel() for s in trained.values()),
+        "optimizer_bytes": sum(x.numel() * x.element_size() for x in state),  # Adam's moments; fp32 copies are not in it
+        "update_seconds": statistics.median(m["seconds_update"] for m in metrics),  # clipping, Adam, the copy into the model
+        "sync_seconds": statistics.median(m["seconds_sync"] for m in metrics),  # until the sampler has it; 0: it is the model
+        "sampler": sampler,
+    }
+    path.write_text(json.dumps(cost, indent=2) + "\n")
 
 
 def keep_lines(path: Path, steps: int) -> None:
@@ -349,6 +470,9 @@ def prepare(args: Config) -> tuple:
     check(args)
     args = replace(args, **{name: value for name, value in recipe(args.model).items() if getattr(args, name) is None})
     data = args.data or (model.TINY / "train.jsonl" if args.model == "tiny" else DATA / "deepscaler.jsonl")
+    if args.method == "full" and args.lr_absolute is None:
+        args = replace(args, lr_absolute=1e-3 if args.model == "tiny" else 1e-6)
+    args = replace(args, save_every=args.save_every or (53 if args.method == "full" else 1))  # the authors': 6 a run
     if args.data is None and not data.is_file():
         sys.exit(f"no problems at {data}: run `python data/prepare.py deepscaler math500`, or give --data FILE")
     rows = model.read_problems(data)
@@ -378,51 +502,83 @@ def prepare(args: Config) -> tuple:
     return args, fit, held_out, llm, tokenizer, layers
 
 
-def learning_rates(args: Config, rms: dict[int, float]) -> dict[int, float]:
-    """The size of an Adam step on every vector, in the units of the residual stream. rms: {layer: RMS(h_l)}."""
+def learning_rates(args: Config, rms: dict, width: int) -> dict:
+    """
+    The size of an Adam step on everything that is trained, in its own units: {place: lr}. rms: {place: size of what is steered}.
+
+    width: F, what a LoRA's A reads; its entries are about 1 / (sqrt(F) RMS(x)), and the step is a share of that.
+    """
     if args.lr_absolute is not None:
         return dict.fromkeys(rms, args.lr_absolute)
     if args.lr == "paper":
-        found = {"layers": {}} | of_paper("lr", args.model)
-        # all layers together have one rate of their own
-        lr = {layer: found.get("all") if args.layer == "all" else found["layers"].get(str(layer)) for layer in rms}
-        if lacking := [layer for layer in lr if lr[layer] is None]:
-            sys.exit(f"--lr paper: data/paper.json has no rate for layer {lacking[0]} of {args.model!r}")
+        found = of_paper("lr", args.model)
+        # all layers together have one rate of their own, and so has any site but the end of a layer
+        kind = f"lora{args.rank}_layers" if args.method == "lora" else "layers"
+        lr = {place: found.get(kind, {}).get(str(model.layer_of(place))) for place in rms}
+        if args.site != "end" or (args.layer == "all" and args.method == "vector"):
+            lr = dict.fromkeys(rms, found.get("site" if args.site != "end" else "all"))
+        if lacking := [place for place in lr if lr[place] is None]:
+            sys.exit(f"--lr paper: data/paper.json has no rate for layer {model.name_of(lacking[0])} of {args.model!r}")
         return lr
     # divided by the number of vectors, because their sum moves the stream: with 28 of them the undivided step diverges
-    return {layer: args.lr * rms[layer] / len(rms) for layer in rms}
+    vectors = sum(not model.name_of(place).endswith("lora_A") for place in rms)
+    return {
+        place: args.lr / (width**0.5 * size) if model.name_of(place).endswith("lora_A") else args.lr * size / vectors
+        for place, size in rms.items()
+    }
+
+
+def name_of_run(args: Config) -> str:
+    """The folder's name: MODEL-layerLAYER, and every choice that is not the usual one."""
+    if args.method == "full":
+        parts = [Path(args.model).name, "full"]
+    else:
+        parts = [Path(args.model).name, f"layer{args.layer}"]
+        parts += [args.site] * (args.site != "end") + [f"lora{args.rank}"] * (args.method == "lora")
+        parts += [f"orthogonal{len(args.orthogonal_to)}"] * bool(args.orthogonal_to)
+    return "-".join(parts + [f"reward-{args.reward}"] * (args.reward != "verify"))
 
 
 def main(args: Config) -> None:
     args = replace(args, device=join_processes(args.device))
     args, rows, held_out, llm, tokenizer, layers = prepare(args)
     rank, processes = world()
-    out = Path(args.out or f"out/{Path(args.model).name}-layer{args.layer}")
+    out = Path(args.out or f"out/{name_of_run(args)}")
     prompts = [model.prompt_ids(tokenizer, row["problem"], args.system, args.template) for row in rows[:16]]
-    rms = model.residual_rms(llm, prompts, layers)
-    lr = learning_rates(args, rms)
+    rms = model.residual_rms(llm, prompts, places_of(args, layers))
+    lr = learning_rates(args, rms, llm.config.intermediate_size)
+    vectors, fixed = start_values(args, llm, rms)
+    steering = fixed | vectors  # what is added to the stream; {} where all weights are trained
+    earlier = earlier_directions(args, llm, list(vectors))
     if rank == 0:
         open_run(args, out)
     everyone([None])  # nobody goes on before the folder is there
-    vectors = {l: torch.zeros(llm.config.hidden_size, device=llm.device, requires_grad=True) for l in layers}
-    # a group for each layer's lr, no weight decay. eps: gradients are small because the loss is divided by all tokens of
-    # the batch; with the usual 1e-8 the smallest coordinates moved 5 % less than lr on the embedded model
-    adam = torch.optim.Adam([{"params": [vectors[layer]]} for layer in layers], eps=1e-15)
+    full = args.method == "full"
+    trained = all_weights(llm) if full else vectors
+    # a group for each lr, no weight decay. eps: gradients are small because the loss is divided by all tokens of the batch;
+    # with the usual 1e-8 the smallest coordinates moved 5 % less than lr on the embedded model
+    groups = {name: {"params": [s], "lr": lr.get(name, args.lr_absolute)} for name, s in trained.items()}
+    highest = [group["lr"] for group in groups.values()]
+    adam = torch.optim.Adam(groups.values(), eps=1e-15)
     first = 0
     if args.resume:
         state = torch.load(out / "state.pt", map_location="cpu", weights_only=True)
-        for layer in layers:
-            vectors[layer].data.copy_(state["vectors"][layer])
+        for place, s in trained.items():
+            s.data.copy_(state["vectors"][place])
         adam.load_state_dict(state["adam"])
         first = state["step"]
+        if full:
+            write_back(llm, trained)
     if rank == 0:
         keep_lines(out / "metrics.jsonl", first)
         keep_lines(out / "samples.jsonl", first)
-        for layer in layers:
-            print(f"layer {layer}: RMS(h) = {rms[layer]:.2f}, learning rate {lr[layer]:.3g} a step")
+        for place in vectors:
+            print(f"layer {model.name_of(place)}: size there {rms[place]:.2f}, learning rate {lr[place]:.3g} a step")
     engine = model.open_engine(
-        args.sampler, args.model, llm, prompts[:8], args.context, args.vllm_memory, args.tensor_parallel, args.rows
-    )
+        args.sampler, args.model, llm, prompts[:8], args.context, args.vllm_memory, args.tensor_parallel, args.rows, steering
+    )  # fmt: skip
+    if engine is not None and full and args.resume:
+        engine.push_weights(llm)
 
     def answer(problems, k, temperature, seed, given, bar=None):
         return model.rollouts(
@@ -436,13 +592,14 @@ def main(args: Config) -> None:
             batch = batch_of_problems(rows, args.prompts, step, args.seed)
             seeds = model.prompt_seeds(args.seed * 1_000_003 + step, range(len(batch)))
             began = time.perf_counter()
-            rolled = answer([row["problem"] for row in share(batch)], args.samples, args.temperature, share(seeds), vectors)
+            problems = [row["problem"] for row in share(batch)]
+            rolled = answer(problems, args.samples, args.temperature, share(seeds), steering)
             sampled = time.perf_counter()
             timeouts = grading_timeouts()
             right = grade(rolled.texts, [row["answer"] for row in share(batch) for _ in range(args.samples)])
             timeouts = grading_timeouts() - timeouts
             right, lengths = everyone(right), everyone([len(c) for c in rolled.completions])
-            rewards = right
+            rewards = [2 * x - 1 for x in right] if args.reward == "sign" else right
             if args.reward == "random":
                 coin = random.Random(f"coin:{args.seed}:{step}")
                 rewards = [float(coin.random() < 0.5) for _ in right]
@@ -450,22 +607,33 @@ def main(args: Config) -> None:
             advantages = torch.tensor(share(rloo_advantages(rewards).tolist())).flatten()  # (N*k,) of this process
             graded = time.perf_counter()
 
-            for group, layer in zip(adam.param_groups, layers):
-                group["lr"] = lr[layer] * min(1, (step + 1) / args.warmup)
-            for s in vectors.values():
+            for group, size in zip(adam.param_groups, highest):
+                group["lr"] = size * min(1, (step + 1) / args.warmup)
+            for s in trained.values():
                 s.grad = torch.zeros_like(s)
             sums = accumulate_gradient(
-                llm, vectors, rolled, advantages, args.temperature, args.micro_tokens, sum(lengths), args.weight_cap,
+                llm, steering, rolled, advantages, args.temperature, args.micro_tokens, sum(lengths), args.weight_cap,
                 args.checkpoint,
             )  # fmt: skip
             if processes > 1:
-                for s in vectors.values():
+                for s in trained.values():
                     dist.all_reduce(s.grad)
             sums = everyone([sums])
             total = {name: sum(part[name] for part in sums) for name in sums[0]}
-            grad_norm = torch.nn.utils.clip_grad_norm_(vectors.values(), args.clip)
+            began_update = time.perf_counter()
+            for place, basis in earlier.items():
+                trained[place].grad = orthogonal(trained[place].grad, basis)
+            grad_norm = torch.nn.utils.clip_grad_norm_(trained.values(), args.clip).item()
             adam.step()
-            trained = time.perf_counter()
+            for place, basis in earlier.items():  # Adam divides every coordinate by a size of its own, which turns the step
+                trained[place].data = orthogonal(trained[place].data, basis)
+            if full:
+                write_back(llm, trained)
+            if llm.device.type == "cuda":
+                torch.cuda.synchronize()
+            updated = time.perf_counter()
+            if engine is not None and full:
+                engine.push_weights(llm)
 
             ended = everyone(rolled.ended)
             metrics = {
@@ -477,11 +645,13 @@ def main(args: Config) -> None:
                 "tokens_mean": sum(lengths) / len(lengths),
                 "loss": total["loss"],
                 "surprise_nats_per_token": total["nats"] / max(total["tokens"], 1),  # mean -log pi: estimates the entropy
-                "grad_norm": grad_norm.item(),  # before clipping
-                "vector_norm": {str(layer): s.norm().item() for layer, s in vectors.items()},
+                "grad_norm": grad_norm,  # before clipping
+                "vector_norm": {model.name_of(place): s.norm().item() for place, s in vectors.items()},
                 "seconds_sampling": sampled - began,
                 "seconds_grading": graded - sampled,
-                "seconds_training": trained - graded,
+                "seconds_training": updated - graded,
+                "seconds_update": updated - began_update,  # of that: clipping, Adam, the copy into the model
+                "seconds_sync": engine.sync_seconds if engine else 0.0,  # to give the sampler what was trained
                 "tokens_per_second_sampling": sum(lengths) / (sampled - began),  # of all processes
                 "grading_timeouts": sum(everyone([timeouts])),  # comparisons given up in this step
             }
@@ -495,17 +665,37 @@ def main(args: Config) -> None:
                 if step % args.sample_every == 0:
                     append(out / "samples.jsonl", some_samples(step, batch, rolled.texts, rewards))
                 append(out / "metrics.jsonl", [metrics])
-                model.save_vectors(out / "vectors.safetensors", vectors, llm, args.model, step + 1)
-                save_state(out / "state.pt", step + 1, vectors, adam)  # last: a step counts once this is on the disk
+                if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
+                    if full:
+                        save_weights(out / "weights", llm, tokenizer)
+                    else:
+                        model.save_vectors(out / "vectors.safetensors", steering, llm, args.model, step + 1)
+                    save_state(out / "state.pt", step + 1, trained, adam)  # last: a step counts once this is on the disk
             bar.set_description(f"reward {100 * metrics['reward_mean']:.0f} %")
             if rank == 0 and step == first and metrics["truncated"] > 0.9:
                 bar.write(f"{100 * metrics['truncated']:.0f} % of the answers are cut off: raise --context or --max-tokens")
 
-        compared = compare(answer, held_out, vectors, args.seed) if held_out else None
+        history = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()] if rank == 0 else []
         if rank == 0:
-            history = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+            write_cost(out / "cost.json", args, trained, adam, history, "vllm" if engine else "hf")
+        base = None
+        if held_out:
+            if full:  # the base model's answers with the base model's weights
+                model.replace_weights(llm, args.model)
+                if engine is not None:
+                    engine.push_weights(llm)
+            base = held_out_answers("base", answer, held_out, {}, args.seed)
+            if full:
+                write_back(llm, trained)
+                if engine is not None:
+                    engine.push_weights(llm)
+            steered = held_out_answers("steered", answer, held_out, steering, args.seed)
+            if rank == 0:
+                print_comparison(held_out, base, steered)
+        if rank == 0:
             # step 0 samples with zero vectors: the base model, on training problems
-            plot_reward(history, history[0]["accuracy"] if compared is None else compared, out / "reward.png")
+            level = history[0]["accuracy"] if base is None else sum(base[1.0][0]) / len(held_out)
+            plot_reward(history, level, out / "reward.png")
             print(f"\nwrote {out}/ with reward.png; now: python evaluate.py {out}" + (" --data FILE" if args.data else ""))
     except (KeyboardInterrupt, torch.OutOfMemoryError) as error:
         bar.close()
@@ -516,42 +706,38 @@ def main(args: Config) -> None:
         sys.exit(why + (f"; the same command with --resume goes on from the last finished step in {out}" if done else ""))
 
 
-def compare(answer, rows: list[dict], vectors: dict, seed: int) -> float:
+def held_out_answers(name: str, answer, rows: list[dict], vectors: dict, seed: int) -> dict:
     """
-    Print base and steered accuracy on held-out problems and three answers of each. Returns the base's at T = 1.
+    One answer to every problem at T = 1 and greedily: {temperature: (correct, texts)}.
 
     answer(problems, k, temperature, seeds, vectors, bar) gives rollouts, as in main.
     """
-    texts, correct = {}, {}
-    seeds = model.prompt_seeds(seed, range(len(rows)))
-    for name, given in (("base", {}), ("steered", vectors)):
-        for temperature in (1.0, 0.0):
-            bar = f"{name}, held out, T = {temperature:g}" if world()[0] == 0 else None
-            rolled = answer([row["problem"] for row in share(rows)], 1, temperature, share(seeds), given, bar)
-            correct[name, temperature] = everyone(grade(rolled.texts, [row["answer"] for row in share(rows)]))
-            texts[name, temperature] = everyone(rolled.texts)
-    for temperature in (1.0, 0.0):  # the same problems: paired
-        pairs = zip(correct["steered", temperature], correct["base", temperature])
-        correct["difference", temperature] = [steered - base for steered, base in pairs]
-    base = sum(correct["base", 1.0]) / len(rows)
-    if world()[0] > 0:
-        return base
+    found, seeds = {}, model.prompt_seeds(seed, range(len(rows)))
+    for temperature in (1.0, 0.0):
+        bar = f"{name}, held out, T = {temperature:g}" if world()[0] == 0 else None
+        rolled = answer([row["problem"] for row in share(rows)], 1, temperature, share(seeds), vectors, bar)
+        correct = everyone(grade(rolled.texts, [row["answer"] for row in share(rows)]))
+        found[temperature] = correct, everyone(rolled.texts)
+    return found
 
+
+def print_comparison(rows: list[dict], base: dict, steered: dict) -> None:
+    """Print accuracies with intervals, their difference paired by problem, and three answers of each."""
     print(f"\nright answers to {len(rows)} held-out problems in %, with 95 % intervals over problems")
     print(f"{'':12}{'T = 1':>22}{'greedy':>22}")
     for name in ("base", "steered", "difference"):
         cells = ""
         for temperature in (1.0, 0.0):
-            got = correct[name, temperature]
+            before, after = base[temperature][0], steered[temperature][0]
+            got = {"base": before, "steered": after, "difference": [a - b for a, b in zip(after, before)]}[name]
             low, high = interval([[c] for c in got])
             cells += f"{f'{100 * sum(got) / len(got):.1f} [{100 * low:.1f}, {100 * high:.1f}]':>22}"
         print(f"{name:12}{cells}")
     for i, row in enumerate(rows[:3]):
         print(f"\n{row['problem']}  (answer: {row['answer']})")
-        for name in ("base", "steered"):
-            verdict = "right" if correct[name, 1.0][i] else "wrong"
-            print(f"  {name}, T = 1, {verdict}: " + texts[name, 1.0][i].replace("\n", "\n    "))
-    return base
+        for name, (correct, texts) in (("base", base[1.0]), ("steered", steered[1.0])):
+            verdict = "right" if correct[i] else "wrong"
+            print(f"  {name}, T = 1, {verdict}: " + texts[i].replace("\n", "\n    "))
 
 
 if __name__ == "__main__":

@@ -68,6 +68,80 @@ def test_hook_equals_a_bias_of_down_proj(qwen2, prompts):
     torch.testing.assert_close(hooked, logits(qwen2, prompts[0]), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", ["qwen2", "llama", "mistral", "qwen3", "gemma2"])
+def test_sites(family, prompts):
+    """A layer written out, with a vector after each of its components (arXiv:2509.06608, Fig. 10), against the hooks."""
+    llm = random_llm(family)
+    block, seen = llm.model.layers[1], {}
+
+    def before(module, args, kwargs):
+        seen["x"], seen["how"] = args[0], kwargs
+
+    handles = [
+        block.register_forward_pre_hook(before, with_kwargs=True),
+        llm.model.layers[2].register_forward_pre_hook(lambda module, args: seen.update(z=args[0])),
+    ]
+    for site in model.SITES:
+        s = {place: torch.zeros(32) for place in model.SITES} | {site: vector()}
+        with model.steer(llm, {(1, site): s[site]}):
+            logits(llm, prompts[0])
+        same = torch.nn.Identity()
+        if family == "gemma2":
+            after_attention, before_mlp, after_mlp = (
+                block.post_attention_layernorm, block.pre_feedforward_layernorm, block.post_feedforward_layernorm
+            )  # fmt: skip
+        else:
+            after_attention, before_mlp, after_mlp = same, block.post_attention_layernorm, same
+        x = seen["x"]
+        attended = block.self_attn(hidden_states=block.input_layernorm(x) + s["input-norm"], **seen["how"])[0]
+        y = x + after_attention(attended) + s["attention"]
+        z = y + after_mlp(block.mlp(before_mlp(y) + s["post-attention-norm"])) + s["end"]
+        torch.testing.assert_close(seen["z"], z, rtol=0, atol=1e-5)
+        if site != "input-norm":
+            logits(llm, prompts[0])
+            assert (seen["z"] - z).abs().max() > 0.1  # what the vector made
+    for handle in handles:
+        handle.remove()
+
+
+def test_sites_of_models_that_are_not_known_are_refused():
+    llm = random_llm("gemma")
+    with pytest.raises(SystemExit, match="--site attention: known for qwen2.*not for 'gemma'"):
+        model.site_module(llm, (1, "attention"))
+    assert model.site_module(llm, 1) is llm.model.layers[1]
+
+
+def test_lora_equals_a_changed_weight(qwen2, prompts):
+    """B A x beside W x is (W + B A) x (arXiv:2505.18706, App. D)."""
+    draw = torch.Generator().manual_seed(3)
+    A, B = torch.randn(4, 40, generator=draw) / 6, torch.randn(32, 4, generator=draw)
+    base = logits(qwen2, prompts[0])
+    with model.steer(qwen2, {(1, "lora_A"): A, (1, "lora_B"): torch.zeros(32, 4)}):
+        assert torch.equal(logits(qwen2, prompts[0]), base)
+    with model.steer(qwen2, {(1, "lora_A"): A, (1, "lora_B"): B}):
+        steered = logits(qwen2, prompts[0])
+    qwen2.model.layers[1].mlp.down_proj.weight += B @ A
+    torch.testing.assert_close(steered, logits(qwen2, prompts[0]), rtol=0, atol=1e-5)
+    assert (steered - base).abs().max() > 0.1
+
+
+def test_lora_of_rank_one_is_a_vector_with_a_size_for_every_token(qwen2, prompts):
+    """With an A that gives every token 1, it is the vector B[:, 0]."""
+    kept = []
+    down = qwen2.model.layers[1].mlp.down_proj
+    handle = down.register_forward_hook(lambda module, args, output: kept.append(args[0]))
+    logits(qwen2, prompts[0])
+    handle.remove()
+    x = kept[0][0]  # (T, F), more columns than rows: some A gives every row 1
+    A = torch.linalg.lstsq(x, torch.ones(len(x), 1)).solution.T
+    torch.testing.assert_close(x @ A.T, torch.ones(len(x), 1), rtol=0, atol=1e-4)
+    s = vector()
+    with model.steer(qwen2, {(1, "lora_A"): A, (1, "lora_B"): s[:, None]}):
+        adaptive = logits(qwen2, prompts[0])
+    with model.steer(qwen2, {1: s}):
+        torch.testing.assert_close(adaptive, logits(qwen2, prompts[0]), rtol=0, atol=1e-3)
+
+
 def test_hook_is_gone_after_an_error(qwen2, prompts):
     want = logits(qwen2, prompts[0])
     with pytest.raises(KeyError), model.steer(qwen2, {1: vector()}):
@@ -289,6 +363,18 @@ def test_vectors_survive_the_file_bit_for_bit(qwen2, tmp_path):
     assert not list(tmp_path.glob("*.tmp"))
 
 
+def test_sites_and_lora_survive_the_file(qwen2, tmp_path):
+    vectors = {(1, "attention"): vector(1), (2, "lora_A"): torch.randn(4, 40), (2, "lora_B"): torch.randn(32, 4), 0: vector(2)}
+    model.save_vectors(tmp_path / "v.safetensors", vectors, qwen2, "some/model", step=5)
+    got, meta = model.load_vectors(tmp_path / "v.safetensors", qwen2)
+    assert set(got) == set(vectors) and all(torch.equal(got[place], vectors[place]) for place in got)
+    assert meta["site"] == "attention, end of layer, lora"
+    for name, shape in {"1.middle": (32,), "1.lora_A": (4, 32), "1.lora_B": (4, 32), "x": (32,)}.items():
+        save_file({f"layers.{name}": torch.zeros(shape)}, tmp_path / "bad", meta)
+        with pytest.raises(SystemExit, match=f"layers.{name} of shape .* does not fit"):
+            model.load_vectors(tmp_path / "bad", qwen2)
+
+
 def test_vectors_of_another_model_are_refused(qwen2, tmp_path):
     path = tmp_path / "v.safetensors"
     model.save_vectors(path, {2: vector()}, qwen2, "one", step=1)
@@ -309,7 +395,7 @@ def test_vectors_of_another_model_are_refused(qwen2, tmp_path):
         model.load_vectors(tmp_path / "plain", qwen2)
     meta = {"model": "one", "width": "32", "num_layers": "3", "site": "end of layer", "step": "1"}
     save_file({"layers.3": torch.zeros(32)}, tmp_path / "layer", meta)
-    with pytest.raises(SystemExit, match=r"layers \[3\] do not fit"):
+    with pytest.raises(SystemExit, match=r"layers.3 of shape \(32,\) does not fit a model of 3 layers"):
         model.load_vectors(tmp_path / "layer", qwen2)
 
 

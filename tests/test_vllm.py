@@ -39,7 +39,7 @@ def rows():
 @pytest.fixture(scope="module")
 def engine(tiny):
     """One engine for all tests: it takes seconds to start, and changing vectors is what it must be good at."""
-    return model.VLLM("tiny", tiny[0], context=512, max_rows=64, eager=True)
+    return model.VLLM("tiny", tiny[0], context=512, max_rows=64, lora_rank=2, eager=True)
 
 
 @pytest.fixture
@@ -66,6 +66,37 @@ def test_greedy_equals_hugging_face_under_two_vectors_and_none(tiny, rows, engin
         assert [len(row) for row in its.logps] == [len(c) for c in ours.completions]
         seen.append(ours.completions)
     assert seen[0] == seen[3] and sum(a != b for a, b in zip(seen[0], seen[1])) > 15 and seen[2] not in seen[:2]
+
+
+def test_lora_and_the_site_after_attention(tiny, rows, engine):
+    draw, seen = torch.Generator().manual_seed(3), []
+    A, B = torch.randn(2, 192, generator=draw) / 14, 12 * torch.randn(64, 2, generator=draw)
+    s = 12 * torch.randn(64, generator=draw)
+    for vectors in ({(3, "attention"): s}, {3: s}, {(27, "lora_A"): A, (27, "lora_B"): B}):
+        ours, its = greedy(tiny, rows, vectors), greedy(tiny, rows, vectors, engine)
+        assert its.completions == ours.completions
+        seen.append(ours.completions)
+    seen.append(greedy(tiny, rows, {}, engine).completions)
+    assert all(sum(a != b for a, b in zip(seen[i], seen[j])) > 5 for i, j in ((0, 1), (0, 3), (2, 3)))
+    with pytest.raises(SystemExit, match=r"a vector at 3.input-norm is no bias of vLLM's layers; use --sampler hf"):
+        engine.push({(3, "input-norm"): large(0)[20]})
+    with pytest.raises(SystemExit, match=r"--sampler vllm: a vector after a norm \(3.input-norm\)"):
+        model.open_engine("vllm", "tiny", tiny[0], [[1, 2]], 512, vectors={(3, "input-norm"): large(0)[20]})
+
+
+def test_weights_reach_the_engine(tiny, rows, engine):
+    """Full fine-tuning: after push_weights the engine answers as the changed model, and again as the old one afterwards."""
+    other = model.load("tiny", device="cpu")
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for weight in other[0].parameters():
+            weight += 0.1 * weight.std() * torch.randn_like(weight)
+    base = greedy(tiny, rows, {}, engine).completions
+    for llm in (other, tiny):
+        engine.push_weights(llm[0])
+        assert engine.sync_seconds > 0
+        assert greedy(tiny, rows, {}, engine).completions == greedy(llm, rows, {}).completions
+    assert sum(a != b for a, b in zip(base, greedy(other, rows, {}).completions)) > 5
 
 
 def test_log_probs_are_those_at_the_temperature(tiny, rows, engine):
@@ -120,11 +151,13 @@ def test_self_test(tiny, rows, engine, monkeypatch):
     assert max(found["steered"], found["base"]) < 1e-4 and found["effect"] > 1
     real = engine.push
     mistakes = {
-        "the next layer": lambda v: real({(layer + 1) % 28: s for layer, s in v.items()}),
+        "the next layer": lambda v: real({((layer + 1) % 28, site): s for (layer, site), s in v.items()}),
         "no vectors": lambda v: real({}),
         "the old vectors": lambda v: real(large(0, range(28))),
         "the other sign": lambda v: real({layer: -s for layer, s in v.items()}),
-        "one layer missing": lambda v: real({layer: s for layer, s in v.items() if layer != 27}),
+        "one layer missing": lambda v: real({place: s for place, s in v.items() if place[0] != 27}),
+        "no LoRA": lambda v: real({place: s for place, s in v.items() if place[1] in ("end", "attention")}),
+        "attention's at the end": lambda v: real({(l, "end" if site == "attention" else site): v[l, site] for l, site in v}),
     }
     for name, push in mistakes.items():
         monkeypatch.setattr(engine, "push", push)
@@ -141,7 +174,7 @@ name, tensor_parallel, eager = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "ea
 if __name__ == "__main__":  # worker processes import this file
     torch.set_num_threads(1)
     llm, tokenizer = model.load(name, device="cpu")
-    engine = model.VLLM(name, llm, 256, tensor_parallel=tensor_parallel, max_rows=16, eager=eager)
+    engine = model.VLLM(name, llm, 256, tensor_parallel=tensor_parallel, max_rows=16, lora_rank=2, eager=eager)
     prompts = [model.prompt_ids(tokenizer, f"Start with {n}, add 1. What is the result?") for n in range(8)]
     print("steered {steered:.2g} base {base:.2g} effect {effect:.2g}".format(**engine.self_test(llm, prompts)))
 """
