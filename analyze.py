@@ -413,7 +413,8 @@ def plot_lens(doc: dict, path: Path) -> None:
         for ax, kind, title in zip(axes, ("cosine", "cosine, gain folded in"), ("raw rows", "rows times final gain")):
             tokens, dots, cosines = zip(*table[kind][::-1])
             ax.barh(range(len(tokens)), cosines, color="tab:blue")
-            ax.axvline(chance, color="black", linestyle="--", linewidth=1)
+            if kind == "cosine":  # the random directions were compared with the raw rows
+                ax.axvline(chance, color="black", linestyle="--", linewidth=1)
             ax.set_yticks(range(len(tokens)), [plain(quoted(t)) for t in tokens], fontsize=8)
             for y, dot in enumerate(dots):
                 ax.text(0.01 * max(cosines), y, f"{dot:.3g}", va="center", fontsize=7, color="white")
@@ -581,7 +582,7 @@ def plot_prefix(doc: dict, path: Path) -> None:
         bars(ax, x, rows, 0.8 / len(names), shades[i], plain(name))
     ax.set_xticks(range(2), ["greedy", "T = 1"])
     ax.set(ylabel="right answers (%)", title="How much of the vector is its first token?", ylim=(0, None))
-    ax.legend(frameon=False, fontsize=8)
+    fig.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=8)  # bars may stand anywhere
     finish(fig, doc, path, "error bars: 95 % intervals over problems")
 
 
