@@ -44,7 +44,6 @@ import matplotlib
 import numpy as np
 import torch
 import tyro
-from safetensors import safe_open
 from torch import nn
 from torch.nn.functional import normalize
 from tqdm import tqdm
@@ -113,11 +112,6 @@ class Lab(NamedTuple):
 
 def checksum(data: bytes) -> str:
     return f"{zlib.crc32(data):08x}"
-
-
-def weights_of(llm) -> str:
-    """A checksum of the first numbers of every weight."""
-    return checksum(b"".join(p.detach().flatten()[:256].float().cpu().numpy().tobytes() for p in llm.parameters()))
 
 
 def identity(vectors: dict) -> str:
@@ -201,7 +195,7 @@ def share_of(one: dict, zero: dict, whole: dict) -> dict:
     return ratio(tuple(x["accuracy"] for x in (one, zero, whole)), tuple(draws_of(x["correct"]) for x in (one, zero, whole)))
 
 
-def rolled_out(lab: Lab, vectors: dict, label: str, checksum_of_lora: str | None = None) -> list[list]:
+def rolled_out(lab: Lab, vectors: dict, label: str) -> list[list]:
     """[prompts, completions, ended]: an answer of the steered model to every problem, as token ids."""
 
     def compute():
@@ -211,7 +205,7 @@ def rolled_out(lab: Lab, vectors: dict, label: str, checksum_of_lora: str | None
         )  # fmt: skip
         return [rolled.prompts, rolled.completions, rolled.ended]
 
-    asked = {"what": "rollouts", "vectors": checksum_of_lora or identity(vectors), "temperature": lab.args.temperature}
+    asked = {"what": "rollouts", "vectors": identity(vectors), "temperature": lab.args.temperature}
     return kept(lab, asked, compute)
 
 
@@ -988,7 +982,7 @@ def transfer(lab: Lab) -> dict:
     found = {}
     for name in lab.args.recipients:
         own = [run for _, run in donors if run.config["model"] == name]
-        there = open_lab(lab.args, lab.folder, name, (own or lab.runs)[0].config, lab.rows)
+        there = open_lab(lab.args, lab.folder, name, (own or lab.runs)[0].config, lab.rows)  # one at a time: they may be large
         row = {"base": answers(there, {}, lab.args.temperature, f"{name}, base")}
         for donor, run in donors:
             fitted = model.load_vectors(run.folder / "vectors.safetensors", there.llm)[0]  # exits if the sizes differ
@@ -1036,19 +1030,14 @@ def plot_transfer(doc: dict, path: Path) -> None:
 #   Skip-Attn        Y <- Y + s: past the attention alone       Steer-Q/K/V i  Skip-Attn, and head i of one projection sees s
 #   Steer-Head i     Skip-Attn, and all of head i sees s        Skip-Head i    Unmodified, but head i does not see s
 
-# where a block adds the attention's output to the residual stream: Gemma 2 and 3 normalise it before
-AFTER_ATTENTION = dict.fromkeys(("qwen2", "qwen3", "llama", "mistral", "gemma"), "self_attn.o_proj")
-AFTER_ATTENTION |= dict.fromkeys(("gemma2", "gemma3_text"), "post_attention_layernorm")
-
 
 def block_after(llm, layer: int):
     """Block l = layer + 1, which the vector of `layer` enters, with its (query heads, key-value heads); or exits with a line."""
-    kind, depth = llm.config.model_type, len(model.decoder_layers(llm))
-    if kind not in AFTER_ATTENTION:
-        sys.exit(f"path patching knows the blocks of {', '.join(AFTER_ATTENTION)}, not those of {kind}")
+    depth = len(model.decoder_layers(llm))
     if layer + 1 >= depth:
         sys.exit(f"layer {layer} is the last of {depth}: no block follows its vector; take a run of --layer {depth - 2}, say")
     block = model.decoder_layers(llm)[layer + 1]
+    model.site_module(llm, (layer + 1, "attention"))  # exits for a model whose blocks are not known
     queries, keys = (p.out_features // block.self_attn.head_dim for p in (block.self_attn.q_proj, block.self_attn.k_proj))
     return block, queries, keys
 
@@ -1096,7 +1085,8 @@ def patched(llm, layer: int, s: torch.Tensor, q=(), k=(), v=(), whole=False, thr
     with ExitStack() as stack:  # undone on errors too
         if whole:
             stack.enter_context(ungrouped(attention))
-        hooks = [(block.get_submodule(AFTER_ATTENTION[llm.config.model_type]), lambda m, a, out: out + s.to(out.dtype))]
+        stack.enter_context(model.steer(llm, {(layer + 1, "attention"): s}))
+        hooks = []
         if q or k or v:
             hooks.append((block.input_layernorm, norm))
         for name, heads in ("q_proj", q), ("k_proj", k), ("v_proj", v):
@@ -1196,12 +1186,6 @@ def familywise_p(gains: list[list[float]], draws=10_000, seed=0) -> list[float]:
     return ((1 + (largest[:, None] >= t).sum(0)) / (1 + draws)).tolist()
 
 
-def random_vector(s: torch.Tensor, seed: int) -> torch.Tensor:
-    """A vector of random direction and the norm of s: (D,)."""
-    r = torch.randn(s.shape, generator=torch.Generator().manual_seed(seed)).to(s.device)
-    return r * s.norm() / r.norm()
-
-
 def accuracies(llm, tokenizer, ways: dict, rows: list[dict], k=1, **how) -> dict[str, dict]:
     """Share of right answers, k to each problem, sampled under each way with the same seeds, so that differences are paired."""
     right = {}
@@ -1247,7 +1231,7 @@ def path_patching(
             sys.exit(f"the second run must have one vector, at layer {layer + 1}; it has layers {sorted(following)}")
         lines["next vector"] = partial(model.steer, llm, following)
     for i in range(random):
-        chance, _ = conditions(llm, layer, random_vector(s, i), through_norm)
+        chance, _ = conditions(llm, layer, random_like(s, i, layer), through_norm)
         lines |= {f"random {i}, {name}": chance[name] for name in ("Unmodified", "Skip-Attn")}
     lines["base"] = partial(model.steer, llm, {})
     heads = {f"{sweep} {i}": way for sweep, ways in sweeps.items() for i, way in enumerate(ways)}
@@ -1431,7 +1415,7 @@ def attention_kl(
     problems = [row["problem"] for row in rows]
     rolled = model.rollouts(llm, tokenizer, vectors, problems, 1, temperature=temperature, seed=seed, bar=bar, **how)
     other = in_dtype(llm, torch.bfloat16 if llm.dtype == torch.float32 else torch.float32)
-    chance = {layer: random_vector(s, i) for i, (layer, s) in enumerate(vectors.items())}
+    chance = {layer: random_like(s, seed, layer) for layer, s in vectors.items()}
     runs = {"steered": (llm, vectors), "random": (llm, chance), "floor": (other, {})}
     found = {name: [] for name in runs}  # of each answer: (L, H)
     for prompt, answer in tqdm(list(zip(rolled.prompts, rolled.completions)), desc=bar, disable=bar is None, leave=False):
@@ -1510,43 +1494,24 @@ def attention(lab: Lab) -> dict:
 # --------------------------------------------------------------------------------------------------------- scale, cost
 
 
-def read_lora(path: Path) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
-    """Rank-1 LoRA of mlp.down_proj, {layer: (A (1, F), B (D, 1))}; exits if the file holds something else."""
-    with safe_open(path, "pt") as file:
-        tensors = {name: file.get_tensor(name).float() for name in file.keys()}
-    layers = sorted(int(name.split(".")[1]) for name in tensors if name.endswith(".lora_A"))
-    found = {l: (tensors[f"layers.{l}.lora_A"], tensors[f"layers.{l}.lora_B"]) for l in layers}
-    if not found or any(A.shape[0] != 1 for A, _ in found.values()):
-        shapes = {name: tuple(t.shape) for name, t in tensors.items()}
-        sys.exit(f"scale wants a rank-1 LoRA run, layers.L.lora_A (1, F) and layers.L.lora_B (D, 1); {path} holds {shapes}")
-    return found
+@torch.no_grad()
+def token_scales(llm, vectors: dict, rows: list[list[int]]) -> dict[int, list[list[float]]]:
+    """|B| A x_t of every token of each text under rank-1 LoRAs, x the input of mlp.down_proj: {layer: [a list for each text]}."""
+    layers = [place[0] for place in vectors if place[1] == "lora_A"]
+    sizes = {layer: [] for layer in layers}
+    for batch in batches(rows):
 
+        def see(layer, module, args):
+            size = vectors[layer, "lora_B"].norm() * (args[0].float() @ vectors[layer, "lora_A"][0])  # (B, T)
+            sizes[layer] += [size[b, : len(rows[i])].tolist() for b, i in enumerate(batch)]  # noqa: B023, used at once
 
-@contextmanager
-def adapt(llm, lora: dict, see=lambda layer, scale: None):
-    """
-    Inside the context every mlp.down_proj of lora gives W x + B A x: a vector B whose size A x depends on the token (B App. D).
-
-    see(layer, scale) is called with A x, (B, T). lora: {layer: (A (1, F), B (D, 1))}, fp32.
-    """
-
-    def hook(layer, A, B):
-        def add(module, args, output):
-            scale = args[0].float() @ A[0]
-            see(layer, scale)
-            return output + (scale[..., None] * B[:, 0]).to(output.dtype)
-
-        return add
-
-    handles = [
-        model.decoder_layers(llm)[l].mlp.down_proj.register_forward_hook(hook(l, A.to(llm.device), B.to(llm.device)))
-        for l, (A, B) in lora.items()
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+        with ExitStack() as stack:
+            stack.enter_context(model.steer(llm, vectors))
+            for layer in layers:
+                down = model.decoder_layers(llm)[layer].mlp.down_proj
+                stack.callback(down.register_forward_pre_hook(partial(see, layer)).remove)
+            llm.get_decoder()(input_ids=padded([rows[i] for i in batch], llm.device)[0], use_cache=False)
+    return sizes
 
 
 def segments(prompts: list[list[int]], other: list[int]) -> list[list[str]]:
@@ -1564,33 +1529,25 @@ def segments(prompts: list[list[int]], other: list[int]) -> list[list[str]]:
     return found
 
 
-@torch.no_grad()
 def scale(lab: Lab) -> dict:
     """The size |B| A x_t of what a rank-1 LoRA adds at each token, x the input of mlp.down_proj (P1 abstract, iii; B App. D)."""
     (run,) = lab.runs
-    path = run.folder / "vectors.safetensors"
-    lora = read_lora(path)
-    with adapt(lab.llm, lora):
-        prompts, completions, _ = rolled_out(lab, {}, "adapted", checksum(path.read_bytes()))
+    ranks = {s.shape[0] for place, s in run.vectors.items() if model.name_of(place).endswith("lora_A")}
+    if ranks != {1}:
+        shapes = {model.name_of(place): tuple(s.shape) for place, s in run.vectors.items()}
+        sys.exit(f"scale wants a run of train.py --method lora --rank 1; {run.folder} holds {shapes}")
+    prompts, completions, _ = rolled_out(lab, run.vectors, "adapted")
     other = model.prompt_ids(lab.tokenizer, "?!", lab.how["system"], lab.how["template"])
     where = [s + ["answer"] * len(c) for s, c in zip(segments(prompts, other), completions)]
     rows = [p + c for p, c in zip(prompts, completions)]
-    sizes = {layer: [] for layer in lora}  # |B| A x_t, a list for each text
-    for batch in batches(rows):
-
-        def see(layer, scale):
-            size = lora[layer][1].norm() * scale.cpu()
-            sizes[layer] += [size[b, : len(rows[i])].tolist() for b, i in enumerate(batch)]  # noqa: B023, used at once
-
-        with adapt(lab.llm, lora, see):
-            lab.llm.get_decoder()(input_ids=padded([rows[i] for i in batch], lab.llm.device)[0], use_cache=False)
-    found = {str(layer): {} for layer in lora}
-    for layer in lora:
+    sizes = token_scales(lab.llm, run.vectors, rows)
+    found = {str(layer): {} for layer in sizes}
+    for layer in sizes:
         for segment in ("system", "question", "turn", "answer"):
             texts = [[x for x, at in zip(row, ats) if at == segment] for row, ats in zip(sizes[layer], where)]
             if texts := [text for text in texts if text]:
                 found[str(layer)][segment] = spread(sum(texts, [])) | mean_of([[abs(x) for x in text] for text in texts])
-    layer = list(lora)[-1]
+    layer = list(sizes)[-1]
     tokens = [[piece(lab.tokenizer, token), x] for token, x in zip(rows[0], sizes[layer][0])]
     said = ", ".join(f"{segment} {row['mean']:.3g} {span(row, 3)}" for segment, row in found[str(layer)].items())
     reading = f"Mean size of what is added at layer {layer}, by part of the text: {said}."
@@ -1879,7 +1836,7 @@ def open_lab(args: Config, folder: Path, name: str, config: dict, rows: list[dic
     how = {key: config.get(key) for key in ("template", "system", "context")}
     how["context"] = min(how["context"] or 32768, llm.config.max_position_embeddings)
     how["max_tokens"] = args.max_tokens or config.get("max_tokens")
-    state = {"model": name, "weights": weights_of(llm), "dtype": str(llm.dtype), "n": len(rows), "seed": args.seed} | how
+    state = {"model": name, "weights": model.fingerprint(llm), "dtype": str(llm.dtype), "n": len(rows), "seed": args.seed} | how
     state["problems"] = checksum(json.dumps(rows, sort_keys=True).encode())
     return Lab(args, name, llm, tokenizer, [], rows, how, state, folder)
 
@@ -1923,17 +1880,21 @@ def measured(args: Config, folder: Path, old: dict | None) -> dict:
     first = next(iter(configs.values()))
     args = replace(args, n=args.cases) if args.name == "case" else args
     rows = problems_of(args, first)[: args.n]
-    labs = [open_lab(args, folder, name, first, rows) for name in args.recipients or [first["model"]]]
-    lab = labs[0]
+    if args.name == "transfer":  # it opens its recipients itself; what was measured is in figures/parts
+        lab = Lab(args, "", None, None, [], rows, {}, {}, folder)
+        lab.state.update(model=", ".join(args.recipients), n=len(rows), seed=args.seed)
+    else:
+        lab = open_lab(args, folder, first["model"], first, rows)
     settings = flags | lab.state | {"runs": {run: checksum(file.read_bytes()) for run, file in files.items()}}
-    settings |= {"recipients": {there.model: there.state["weights"] for there in labs}} if args.recipients else {}
     settings = json.loads(json.dumps(settings))
-    if old and old["settings"] == settings:
+    if old and old["settings"] == settings and args.name != "transfer":
         return old
     runs = []
     for run, file in files.items():
-        lora = args.name in ("scale", "transfer")  # read there
-        vectors = {} if lora else model.load_vectors(file, lab.llm, lab.model)[0]
+        vectors = {} if args.name == "transfer" else model.load_vectors(file, lab.llm, lab.model)[0]
+        matrices = [model.name_of(place) for place, s in vectors.items() if s.dim() > 1]
+        if matrices and args.name not in ("scale", "shift", "case", "sites"):
+            sys.exit(f"{args.name} wants vectors; {run} has a LoRA, {matrices[0]}: shift, case, sites and scale take one")
         in_order = sorted(vectors, key=lambda key: (key,) if isinstance(key, int) else key)  # a key may be (layer, site)
         vectors = {key: vectors[key] for key in in_order}
         runs.append(Run(Path(run), configs[run], vectors, label_of(configs[run])))

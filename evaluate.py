@@ -213,7 +213,7 @@ def main(args: Config) -> dict:
     name = run["model"]
     benchmarks = {b: model.read_problems(path)[: args.problems] for b, path in files_of(args, name).items()}
     llm, tokenizer = model.load(name, args.device, run.get("dtype", "auto") if args.dtype == "auto" else args.dtype)
-    sample = b"".join(p.detach().flatten()[:256].float().cpu().numpy().tobytes() for p in llm.parameters())
+    weights = model.fingerprint(llm)
     vectors, base_folder = {}, Path(args.out or f"out/{Path(name).resolve().name}-base")
     folder, state = base_folder, {"step": 0, "vectors": None}
     full = run.get("method") == "full"
@@ -260,7 +260,7 @@ def main(args: Config) -> dict:
             settings = {"benchmark": benchmark, "temperature": temperature, "seed": seed, "problems": len(rows), "samples": k}
             text = json.dumps(rows, sort_keys=True).encode()
             settings |= asked | {"data": f"{zlib.crc32(text):08x}"} | about
-            settings |= {"weights": f"{zlib.crc32(sample):08x}", "dtype": str(llm.dtype), "sampler": "vllm" if engine else "hf"}
+            settings |= {"weights": weights, "dtype": str(llm.dtype), "sampler": "vllm" if engine else "hf"}
             bar = f"{who}, {benchmark}, T = {temperature:g}, seed {seed}"
             compute = partial(
                 measure, llm, tokenizer, given, rows, k, temperature, seed, max_rows=args.rows, engine=engine, bar=bar, **how

@@ -80,6 +80,12 @@ def load(name: str = "tiny", device: str = "auto", dtype: str = "auto"):
     return llm.eval().requires_grad_(False), tokenizer
 
 
+def fingerprint(llm) -> str:
+    """A checksum of the first numbers of every weight, to tell results of other weights by."""
+    some = (p.detach().flatten()[:256].float().cpu().numpy().tobytes() for p in llm.parameters())
+    return f"{zlib.crc32(b''.join(some)):08x}"
+
+
 @torch.no_grad()
 def replace_weights(llm, name: str) -> None:
     """Give a loaded model the weights of another of the same shape. name: as for `load`."""
@@ -191,13 +197,15 @@ def site_module(llm, place):
         return block.mlp if kind in PRE_NORM else block
     if site.startswith("lora"):
         return block.mlp.down_proj
-    if kind not in (*PRE_NORM, "gemma2"):
-        sys.exit(f"--site {site}: known for {', '.join(PRE_NORM)} and gemma2, not for {kind!r}; --site end fits any model")
+    after = kind in ("gemma2", "gemma3_text")  # they normalise the attention's and the MLP's output before they add it
+    if not (after or kind in (*PRE_NORM, "gemma")):
+        known = ", ".join((*PRE_NORM, "gemma", "gemma2", "gemma3_text"))
+        sys.exit(f"the site {site} is known for {known}, not for {kind!r}; the end of a layer fits any model")
     if site == "input-norm":
         return block.input_layernorm
-    if site == "attention":  # Gemma 2 normalises the attention's output before it adds it
-        return block.post_attention_layernorm if kind == "gemma2" else block.self_attn.o_proj
-    return block.pre_feedforward_layernorm if kind == "gemma2" else block.post_attention_layernorm
+    if site == "attention":
+        return block.post_attention_layernorm if after else block.self_attn.o_proj
+    return block.pre_feedforward_layernorm if after else block.post_attention_layernorm
 
 
 @contextmanager

@@ -7,7 +7,6 @@ import shutil
 import pytest
 import torch
 from conftest import random_llm
-from safetensors.torch import save_file
 from torch.nn.functional import cosine_similarity, normalize
 
 import analyze
@@ -280,19 +279,24 @@ def test_segments():
     ]
 
 
-def test_adapt(qwen2):
-    A, B = vector(0, 40)[None], vector(1, 32)[:, None]
-    ids, down = torch.tensor(ROWS[:1]), model.decoder_layers(qwen2)[1].mlp.down_proj
-    seen, inputs = {}, []
-    handle = down.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
-    with analyze.adapt(qwen2, {1: (A, B)}, seen.__setitem__):
-        adapted = qwen2(ids).logits
-    handle.remove()
-    torch.testing.assert_close(seen[1], (inputs[0] * A[0]).sum(-1))
-    base = qwen2(ids).logits
-    down.weight.data += B @ A  # the same as one matrix
-    torch.testing.assert_close(adapted, qwen2(ids).logits, rtol=1e-4, atol=1e-4)
-    assert (adapted - base).abs().max() > 0.01
+def test_token_scales(qwen2):
+    """|B| A x_t from the inputs of down_proj, for texts of different lengths; in layer 2 under what layer 1 added."""
+    vectors = {}
+    for layer in (1, 2):
+        vectors |= {(layer, "lora_A"): vector(layer, 40)[None], (layer, "lora_B"): vector(layer + 5, 32)[:, None]}
+    got = analyze.token_scales(qwen2, vectors, ROWS)
+    qwen2.model.layers[1].mlp.down_proj.weight.data += vectors[1, "lora_B"] @ vectors[1, "lora_A"]  # the same as one matrix
+    for layer in (1, 2):
+        assert [len(sizes) for sizes in got[layer]] == [len(row) for row in ROWS]
+        for row, sizes in zip(ROWS, got[layer]):
+            inputs = []
+            down = model.decoder_layers(qwen2)[layer].mlp.down_proj
+            handle = down.register_forward_pre_hook(lambda module, args, inputs=inputs: inputs.append(args[0][0]))
+            qwen2(torch.tensor([row]))
+            handle.remove()
+            want = vectors[layer, "lora_B"].norm() * (inputs[0] * vectors[layer, "lora_A"][0]).sum(-1)
+            torch.testing.assert_close(torch.tensor(sizes), want, rtol=1e-3, atol=1e-3)
+            assert want.abs().max() > 0.1
 
 
 def test_token_span_escapes():
@@ -334,10 +338,10 @@ def runs(tmp_path_factory):
         costs = {"method": "vector", "trained_parameters": 64 if name == "a" else 1792, "optimizer_bytes": 512,
                  "update_seconds": 0.5, "sync_seconds": 0.001, "sampler": "hf"}  # fmt: skip
         (folder / name / "cost.json").write_text(json.dumps(costs))
-    lora = {"layers.20.lora_A": vector(1, 256, 0.05)[None], "layers.20.lora_B": vector(2, 64)[:, None]}
+    inner = llm.config.intermediate_size
+    lora = {(20, "lora_A"): vector(1, inner, 0.05)[None], (20, "lora_B"): vector(2, 64)[:, None]}
     made["lora"] = run("lora", [20])
-    lora["layers.20.lora_A"] = vector(1, model.decoder_layers(llm)[20].mlp.down_proj.in_features, 0.05)[None]
-    save_file(lora, folder / "lora" / "vectors.safetensors", {"model": "tiny"})
+    model.save_vectors(folder / "lora" / "vectors.safetensors", lora, llm, "tiny", 0)
     made["copy"] = str(folder / "copy-of-tiny")
     shutil.copytree(model.TINY, made["copy"], ignore=shutil.ignore_patterns("*.py", "*.md", "*.jsonl", "*.png"))
     made["folder"] = folder
@@ -436,7 +440,7 @@ ERRORS = {
     "one run to compare": (("similarity", "a"), {}, "two or more"),
     "no all-layer run": (("compose", "a", "b"), {}, "all-layer run"),
     "one vector": (("ablate", "a"), {}, "several vectors"),
-    "no LoRA": (("scale", "a"), {}, "rank-1 LoRA"),
+    "no LoRA": (("scale", "a"), {}, "--method lora --rank 1"),
     "no cost": (("cost", "b"), {}, "no cost.json"),
     "no recipients": (("transfer", "a"), {}, "--recipients"),
     "recipients elsewhere": (("lens", "a"), {"recipients": ("tiny",)}, "--recipients"),

@@ -68,7 +68,7 @@ def test_hook_equals_a_bias_of_down_proj(qwen2, prompts):
     torch.testing.assert_close(hooked, logits(qwen2, prompts[0]), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["qwen2", "llama", "mistral", "qwen3", "gemma2"])
+@pytest.mark.parametrize("family", ["qwen2", "llama", "mistral", "qwen3", "gemma", "gemma2"])
 def test_sites(family, prompts):
     """A layer written out, with a vector after each of its components (arXiv:2509.06608, Fig. 10), against the hooks."""
     llm = random_llm(family)
@@ -106,7 +106,8 @@ def test_sites(family, prompts):
 
 def test_sites_of_models_that_are_not_known_are_refused():
     llm = random_llm("gemma")
-    with pytest.raises(SystemExit, match="--site attention: known for qwen2.*not for 'gemma'"):
+    llm.config.model_type = "another"
+    with pytest.raises(SystemExit, match="the site attention is known for qwen2.*not for 'another'"):
         model.site_module(llm, (1, "attention"))
     assert model.site_module(llm, 1) is llm.model.layers[1]
 
