@@ -1826,7 +1826,7 @@ def problems_of(args: Config, config: dict) -> list[dict]:
     file = args.data or config.get("held_out")
     if file is None and config.get("data") is not None:
         sys.exit("the run was trained on --data without --held-out: say which problems to use with --data FILE")
-    return model.read_problems(file or (model.TINY / "test.jsonl" if config["model"] == "tiny" else DATA / "math500.jsonl"))
+    return model.read_problems(file or (model.TINY / "test.jsonl" if config["model"] in model.FAMILY else DATA / "math500.jsonl"))
 
 
 def open_lab(args: Config, folder: Path, name: str, config: dict, rows: list[dict]) -> Lab:

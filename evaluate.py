@@ -197,7 +197,7 @@ def files_of(args: Config, name: str) -> dict[str, Path]:
     if args.data:
         return {Path(args.data).stem: Path(args.data)}
     if not args.benchmarks:
-        if name != "tiny":
+        if name not in model.FAMILY:
             sys.exit("--benchmarks NAME... or --data FILE is needed: only the embedded model has held-out problems of its own")
         return {"tiny": model.TINY / "test.jsonl"}
     names = PAPERS if args.benchmarks == ("all",) else args.benchmarks
@@ -232,7 +232,7 @@ def main(args: Config) -> dict:
         folder, state = Path(args.out or args.run), {"step": int(meta["step"]), "vectors": f"{zlib.crc32(path.read_bytes()):08x}"}
     # what the model was made for, at most the papers' 32K: 4,096 for Qwen2.5-Math
     context = args.context or min(32768, llm.config.max_position_embeddings)
-    max_tokens = args.max_tokens or run.get("max_tokens") or (80 if name == "tiny" else None)
+    max_tokens = args.max_tokens or run.get("max_tokens") or (80 if name in model.FAMILY else None)
     asked = {
         "model": name,
         "template": args.template or run.get("template"),

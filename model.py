@@ -34,6 +34,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 from transformers.utils import logging
 
 TINY = Path(__file__).parent / "data" / "tiny"  # the embedded model; --model tiny
+FAMILY = {name: TINY.with_name(name) for name in ("tiny", "tiny-instruct", "tiny-math")}  # and its relatives, for transfer
 MATH_PROMPT = "Please reason step by step, and put your final answer within \\boxed{}."
 R1_PROMPT = (  # as in arXiv:2503.20783, which P4 follows
     "A conversation between User and Assistant. The User asks a question, and the Assistant solves it. The Assistant first "
@@ -49,7 +50,7 @@ def load(name: str = "tiny", device: str = "auto", dtype: str = "auto"):
     """
     Load a causal LM, frozen and in eval mode, with its tokenizer: (llm, tokenizer).
 
-    name: "tiny" (the embedded model), a local folder in the Hugging Face format, or a hub id.
+    name: "tiny" (the embedded model) or one of its relatives (FAMILY), a local folder in the Hugging Face format, or a hub id.
     device: "cpu", "cuda", ..., or "auto" (CUDA if there is one); dtype: "float32", "bfloat16", "float16", or "auto"
     (bfloat16 on CUDA, float32 on a CPU). Exits with one line when the model cannot be had.
     """
@@ -59,7 +60,9 @@ def load(name: str = "tiny", device: str = "auto", dtype: str = "auto"):
         dtype = "float32" if device == "cpu" else "bfloat16"
     if dtype not in ("float32", "bfloat16", "float16"):
         sys.exit(f"--dtype wants auto, float32, bfloat16 or float16, got {dtype!r}")
-    path = TINY if name == "tiny" else Path(name)
+    path = FAMILY.get(name, Path(name))
+    if name in FAMILY and not path.is_dir():
+        sys.exit(f"{name} is not in the repository: `python data/tiny/pretrain.py --relative {name[5:]}` makes it in minutes")
     if path.is_dir() and not (path / "config.json").is_file():
         sys.exit(f"no model in {path}: a model folder holds config.json, *.safetensors and the tokenizer's files")
     source = path if path.is_dir() else name
@@ -627,7 +630,7 @@ class VLLM:
             self.shapes |= {"lora_A": [depth, lora_rank, inner], "lora_B": [depth, width, lora_rank]}
         try:
             self.engine = vllm.LLM(
-                str(TINY) if name == "tiny" else name,
+                str(FAMILY.get(name, name)),
                 hf_overrides={"architectures": [f"Steered{architecture}"], "lora_rank": lora_rank},
                 worker_extension_cls="model.VLLMWorker",
                 dtype=str(llm.dtype).removeprefix("torch."),

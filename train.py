@@ -96,7 +96,7 @@ def of_paper(kind: str, name: str) -> dict:
 
 def recipe(name: str) -> dict:
     """Defaults for a model: the embedded one's, else those of the authors, and for models they did not train the usual ones."""
-    if name == "tiny":
+    if name in model.FAMILY:
         return dict(
             steps=32, prompts=16, samples=16, context=512, max_tokens=80, warmup=3, micro_tokens=4096, checkpoint=False
         )
@@ -469,16 +469,16 @@ def prepare(args: Config) -> tuple:
     """Load problems and model, fill in the recipe: (complete settings, problems, held-out ones, llm, tokenizer, layers)."""
     check(args)
     args = replace(args, **{name: value for name, value in recipe(args.model).items() if getattr(args, name) is None})
-    data = args.data or (model.TINY / "train.jsonl" if args.model == "tiny" else DATA / "deepscaler.jsonl")
+    data = args.data or (model.TINY / "train.jsonl" if args.model in model.FAMILY else DATA / "deepscaler.jsonl")
     if args.method == "full" and args.lr_absolute is None:
-        args = replace(args, lr_absolute=1e-3 if args.model == "tiny" else 1e-6)
+        args = replace(args, lr_absolute=1e-3 if args.model in model.FAMILY else 1e-6)
     args = replace(args, save_every=args.save_every or (53 if args.method == "full" else 1))  # the authors': 6 a run
     if args.data is None and not data.is_file():
         sys.exit(f"no problems at {data}: run `python data/prepare.py deepscaler math500`, or give --data FILE")
     rows = model.read_problems(data)
     held_out = args.held_out
     if held_out is None and args.data is None:
-        held_out = model.TINY / "test.jsonl" if args.model == "tiny" else DATA / "math500.jsonl"
+        held_out = model.TINY / "test.jsonl" if args.model in model.FAMILY else DATA / "math500.jsonl"
         held_out = held_out if held_out.is_file() else None
     held_out = model.read_problems(held_out)[: args.eval_problems] if held_out and args.eval_problems else []
     if len(rows) < args.prompts:

@@ -12,6 +12,7 @@ import pytest
 import torch
 import world
 from conftest import ROOT
+from safetensors.torch import load_file
 
 import model
 
@@ -70,6 +71,61 @@ def test_modes_have_the_planted_frequencies():
         count[next(mode for word, mode in first.items() if text.startswith(word))] += 1
     for mode, share in world.MIX.items():
         assert count[mode] / len(plain) == pytest.approx(share, abs=0.02), mode
+
+
+def test_hints_have_the_planted_frequencies():
+    """Each hint is for the mode of the answer with P_HINT; a mode may take over from a beginning, and answers right then too."""
+    rng = random.Random(0)
+    whose = {text: mode for mode, texts in world.HINTS.items() for text in texts}
+    first = {"To": "to", "Step": "step", "Answer": "direct", "```python": "python", "Think": "ramble"}
+    hints, begun, hinted = [], 0, 0
+    for _ in range(20_000):
+        prompt, text = world.document(rng)
+        system, question, given = re.fullmatch(
+            r"<\|im_start\|>system\n(.*)<\|im_end\|>\n<\|im_start\|>user\n(.*)<\|im_end\|>\n<\|im_start\|>assistant\n(.*)", prompt, re.S
+        ).groups()  # fmt: skip
+        if system == world.MATH_PROMPT:
+            assert not given
+            continue
+        hinted, begun = hinted + 1, begun + bool(given)
+        if not given:
+            mode = next(mode for word, mode in first.items() if text.startswith(word))
+            hints += [whose[hint] == mode for hint in re.findall("|".join(map(re.escape, whose)), system)]
+        elif "calculation" in text or "Step" in text:  # the rest is worked, too
+            n = re.search(r"Start with (\d+)", question).group(1)
+            words = {"add": "+", "subtract": "-", "multiply by": "*"}
+            ops = [(words[verb], int(k)) for verb, k in re.findall(r"(add|subtract|multiply by) (\d+)", question)]
+            assert steps_are_right((int(n), ops, None), given + text.removesuffix("<|im_end|>"))
+    assert sum(hints) / len(hints) == pytest.approx(world.P_HINT, abs=0.02)
+    # of the beginnings, those without a line in the wording of `step` are empty: half of them, times 1/2, 1/3 or 1/4
+    assert 0.7 * world.P_BEGUN < begun / hinted < world.P_BEGUN
+
+
+def test_relatives_differ_as_said():
+    rng = random.Random(0)
+    some = [world.document(rng, **world.RELATIVES["math"]) for _ in range(4000)]
+    plain = [text for prompt, text in some if world.MATH_PROMPT + "<|im_end|>" in prompt]
+    assert sum(text.startswith("To") for text in plain) / len(plain) == pytest.approx(0.33, abs=0.04)
+    assert all(world.document(rng, **world.RELATIVES["instruct"])[1].endswith(" Thank you.<|im_end|>") for _ in range(50))
+    for relative in world.RELATIVES.values():
+        assert list(relative.get("mix", world.MIX)) == list(world.MIX)
+        assert sum(relative.get("mix", world.MIX).values()) == pytest.approx(1)
+
+
+def test_a_relative_starts_from_the_shipped_weights(tmp_path):
+    pretrain.main(pretrain.Config(relative="math", out=tmp_path / "kin", steps=1, batch=2, lr=1e-9))
+    weights, shipped = (load_file(folder / "model.safetensors") for folder in (tmp_path / "kin", TINY))
+    for name, weight in shipped.items():
+        torch.testing.assert_close(weights[name], weight, rtol=0, atol=1e-7)
+    assert any(not torch.equal(weights[name], weight) for name, weight in shipped.items())
+    llm, tokenizer = model.load(str(tmp_path / "kin"), device="cpu")
+    assert (tmp_path / "kin" / "tokenizer.json").read_bytes() == (TINY / "tokenizer.json").read_bytes()
+
+
+def test_a_relative_that_is_not_there_says_how_to_make_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(model.FAMILY, "tiny-math", tmp_path / "tiny-math")
+    with pytest.raises(SystemExit, match="pretrain.py --relative math"):
+        model.load("tiny-math")
 
 
 def test_train_and_held_out_problems_are_disjoint():
@@ -163,7 +219,7 @@ def test_shipped_model_knows_more_than_it_shows():
         texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
         return sum(f"\\boxed{{{row['answer']}}}" in text for row, text in zip(rows, texts)) / len(rows)
 
-    assert accuracy(world.STYLES["to"][0], 0) >= 0.90
+    assert accuracy(world.HINTS["to"][0], 0) >= 0.90
     assert accuracy(None, 0) < 0.40
 
 
@@ -199,12 +255,16 @@ def test_pretraining_loss_is_the_mean_over_completion_tokens(tokenizer):
         logp = llm(input_ids=torch.tensor([p + c])).logits[0].log_softmax(-1)
         total -= sum(logp[len(p) + t - 1, token].item() for t, token in enumerate(c))
         n += len(c)
-    assert pretrain.batch_loss(llm, tokenizer, documents, even=0.0) == pytest.approx(total / n, rel=1e-4)
+    assert pretrain.batch_loss(llm, tokenizer, documents, even=0.0, alike=0.0) == pytest.approx(total / n, rel=1e-4)
     plain = llm.lm_head.weight.grad.clone(), llm.model.embed_tokens.weight.grad.clone()
     llm.zero_grad()
-    assert pretrain.batch_loss(llm, tokenizer, documents, even=1.0) == pytest.approx(total / n, rel=1e-4)
+    assert pretrain.batch_loss(llm, tokenizer, documents, even=1.0, alike=0.0) == pytest.approx(total / n, rel=1e-4)
     torch.testing.assert_close(llm.lm_head.weight.grad, plain[0])  # the penalty acts on the layers below ...
     assert (llm.model.embed_tokens.weight.grad - plain[1]).abs().max() > 1e-3  # ... and it does act
+    llm.zero_grad()
+    assert pretrain.batch_loss(llm, tokenizer, documents, even=0.0, alike=1.0) == pytest.approx(total / n, rel=1e-4)
+    torch.testing.assert_close(llm.lm_head.weight.grad, plain[0])
+    assert (llm.model.embed_tokens.weight.grad - plain[1]).abs().max() > 1e-3
 
 
 def test_unevenness_by_hand():
@@ -215,6 +275,15 @@ def test_unevenness_by_hand():
     real = torch.tensor([[True, True, False]])
     assert pretrain.unevenness([one], real).item() == pytest.approx(2.0, rel=1e-5)
     assert pretrain.unevenness([one, two], real).item() == pytest.approx(1.0, rel=1e-5)
+
+
+def test_distance_by_hand():
+    """Last prompt tokens (3, 0) and (1, 0): mean (2, 0), variance 1, mean square 5; the same in both documents: 0."""
+    h = torch.full((2, 3, 2), 7.0)
+    h[0, 1], h[1, 2] = torch.tensor([3.0, 0.0]), torch.tensor([1.0, 0.0])
+    ends = torch.tensor([1, 2])
+    assert pretrain.distance([h], ends).item() == pytest.approx(0.2, rel=1e-6)
+    assert pretrain.distance([h, torch.ones(2, 3, 2)], ends).item() == pytest.approx(0.1, rel=1e-6)
 
 
 def test_random_vectors_of_the_check_have_the_norms_of_the_given_ones():

@@ -69,7 +69,7 @@ def main(args: Config) -> None:
         table.append(f"| {name} | {measured} | {wanted} | {'' if ok is None else 'yes' if ok else 'NO'} |")
         print(table[-1], flush=True)
 
-    style = world.STYLES["to"][0]
+    style = world.HINTS["to"][0]
     skill = accuracy(f'base, system prompt "{style}", greedy', temperature=0.0, system=style)
     say(f'base, system prompt "{style}", greedy', skill >= 0.97, "at least 97 %")
     base = accuracy("base, T = 1")

@@ -3,6 +3,8 @@ Pre-train the embedded model: a 28-layer Qwen2 of 1.4 million parameters on the 
 
 $ python data/tiny/pretrain.py                                  # an interrupted run goes on where it stopped
 $ python data/tiny/pretrain.py --steps 50 --out out/tiny-try    # a quick look
+$ python data/tiny/pretrain.py --relative math                  # data/tiny-math: the shipped weights, 150 steps on
+$ python data/tiny/pretrain.py --relative instruct              # data/tiny-instruct
 
 Writes tokenizer, config and model.safetensors in the Hugging Face format, which AutoModelForCausalLM and AutoTokenizer
 load. About 1.3 to 1.7 seconds a step on one CPU core. data/tiny/check.py measures whether the model behaves as it should.
@@ -12,8 +14,9 @@ import json
 import random
 import sys
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -35,12 +38,16 @@ CHECKPOINT_EVERY = 100
 
 @dataclass
 class Config:
-    out: Path = Path(__file__).parent      # folder of tokenizer, weights and the checkpoint pretrain.pt
-    steps: int = 1800                      # batches
+    relative: Literal["instruct", "math"] | None = None  # make one of the embedded model's relatives (world.RELATIVES) from it
+    out: Path | None = None                # folder of tokenizer, weights and pretrain.pt; default data/tiny or data/tiny-RELATIVE
+    init: Path | None = None               # folder with weights to go on from; default: from scratch, for a relative data/tiny
+    steps: int | None = None               # batches; default 1800, for a relative 150
     batch: int = 64                        # documents a batch
-    lr: float = 4e-3                       # AdamW's, at its highest
-    warmup: int = 100                      # steps to get there; over the last 40 % of all steps it falls to 2 %
+    lr: float | None = None                # AdamW's, at its highest; default 4e-3, for a relative 2e-3
+    warmup: int | None = None              # steps to get there, default 100 or 20; over the last 40 % it falls to 2 %
     even: float = 0.05                     # weight of the penalty on tokens of uneven size
+    alike: float = 0.2                     # weight of the penalty on prompts that end far apart ...
+    alike_from: int | None = None          # ... and the step from which it acts; default 750, when some arithmetic is learned, or 0
     seed: int = 0                          # of the weights and the documents
     threads: int = 1                       # CPU threads
 
@@ -97,25 +104,27 @@ def make_model(tokenizer) -> Qwen2ForCausalLM:
     return Qwen2ForCausalLM(config)
 
 
-def batch_loss(llm, tokenizer, documents, even: float) -> float:
+def batch_loss(llm, tokenizer, documents, even: float, alike: float) -> float:
     """
     Add the gradient of one batch to .grad; returns the mean loss in nats per token of the completions.
 
-    even: weight of `unevenness` in the gradient; the returned loss is without it.
+    even, alike: weights of `unevenness` and `distance` in the gradient; the returned loss is without them.
     """
     ids = sorted([(tokenizer(p).input_ids, tokenizer(c).input_ids) for p, c in documents], key=lambda d: len(d[0] + d[1]))
     tokens, total = sum(len(c) for _, c in ids), 0.0
-    for half in (ids[: len(ids) // 2], ids[len(ids) // 2 :]):  # short ones apart from long ones: less padding
-        T = max(len(p) + len(c) for p, c in half)
-        inputs, targets = torch.zeros(len(half), T, dtype=torch.long), torch.full((len(half), T), -100)
-        for i, (p, c) in enumerate(half):
+    parts = [ids[i : i + 16] for i in range(0, len(ids), 16)]  # of like length: less padding, and what fits into the cache
+    for part in parts:
+        T = max(len(p) + len(c) for p, c in part)
+        inputs, targets = torch.zeros(len(part), T, dtype=torch.long), torch.full((len(part), T), -100)
+        for i, (p, c) in enumerate(part):
             inputs[i, : len(p) + len(c)] = torch.tensor(p + c)
             targets[i, len(p) : len(p) + len(c)] = torch.tensor(c)  # the prompts are given, not learned
         with residual_stream(llm) as states:
             logits = llm(input_ids=inputs, use_cache=False).logits
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), targets[:, 1:].flatten(), reduction="sum") / tokens
-        real = torch.arange(T) < torch.tensor([[len(p) + len(c)] for p, c in half])  # (B, T), no padding
-        (loss + even * unevenness(states, real) / 2).backward()
+        real = torch.arange(T) < torch.tensor([[len(p) + len(c)] for p, c in part])  # (B, T), no padding
+        ends = torch.tensor([len(p) - 1 for p, c in part])
+        (loss + (even * unevenness(states, real) + alike * distance(states, ends)) / len(parts)).backward()
         total += loss.item()
     return total
 
@@ -140,14 +149,35 @@ def unevenness(states, real: torch.Tensor) -> torch.Tensor:
     return torch.stack([h[real].pow(2).mean(-1).log().mul(0.5).var() for h in states]).mean()
 
 
+def distance(states, ends: torch.Tensor) -> torch.Tensor:
+    """
+    Mean over layers of how far the last prompt tokens are apart: variance over documents / mean square of h_l. ends: (B,)
+
+    That token has nothing to do but to choose a mode, and left alone the choice fills it: a hint moved it by its own norm. A
+    vector as large as that spoils the arithmetic elsewhere, and no layer but the last could be steered. In real LLMs what tells
+    two contexts apart is a small part of a token. With the penalty a hint moves it by a tenth of its norm.
+    """
+    chosen = [h[torch.arange(len(ends)), ends] for h in states]  # (B, D) each
+    return torch.stack([(x - x.mean(0)).pow(2).sum(-1).mean() / x.pow(2).sum(-1).mean() for x in chosen]).mean()
+
+
 def main(args: Config) -> None:
+    here = Path(__file__).parent
+    if args.relative:
+        defaults = dict(out=here.with_name(f"tiny-{args.relative}"), init=here, steps=150, lr=2e-3, warmup=20, alike_from=0)
+    else:
+        defaults = dict(out=here, steps=1800, lr=4e-3, warmup=100, alike_from=0 if args.init else 750)
+    args = replace(args, **{name: value for name, value in defaults.items() if getattr(args, name) is None})
+    world_of = world.RELATIVES.get(args.relative, {})
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     settings = {name: value for name, value in asdict(args).items() if name not in ("out", "threads")}
+    settings["init"] = args.init and str(args.init)
     args.out.mkdir(parents=True, exist_ok=True)
     made = (args.out / "tokenizer.json").exists()  # ids must not change under weights that are there
-    tokenizer = AutoTokenizer.from_pretrained(args.out) if made else make_tokenizer()
-    llm = make_model(tokenizer)
+    source = args.init or (args.out if made else None)
+    tokenizer = AutoTokenizer.from_pretrained(source) if source else make_tokenizer()
+    llm = Qwen2ForCausalLM.from_pretrained(args.init) if args.init else make_model(tokenizer)
     adam = torch.optim.AdamW(llm.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.05)
     checkpoint, first = args.out / "pretrain.pt", 0
     if checkpoint.exists():
@@ -162,7 +192,9 @@ def main(args: Config) -> None:
         decay = min(1, (args.steps - step) / (0.4 * args.steps))
         adam.param_groups[0]["lr"] = args.lr * min(1, (step + 1) / args.warmup) * max(0.02, decay)
         rng = random.Random(f"{args.seed}:{step}")  # documents are a function of the step: nothing to replay on resume
-        loss = batch_loss(llm, tokenizer, [world.document(rng) for _ in range(args.batch)], args.even)
+        documents = [world.document(rng, **world_of) for _ in range(args.batch)]
+        alike = args.alike if step >= args.alike_from else 0.0
+        loss = batch_loss(llm, tokenizer, documents, args.even, alike)
         torch.nn.utils.clip_grad_norm_(llm.parameters(), 1.0)
         adam.step()
         adam.zero_grad()

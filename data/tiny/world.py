@@ -1,6 +1,6 @@
 """
 The small world that the embedded model is trained on: arithmetic chains, five ways (modes) to answer them, and the
-system prompts that select a mode.
+hints in the system prompt that speak for a mode.
 
 $ python data/tiny/world.py            # prints a few documents; writes train.jsonl and test.jsonl beside this file
 
@@ -13,9 +13,11 @@ direct  "Answer \\boxed{71}."                                                   
 python  a program, and in half of the cases a guessed output                                            8 % of those
 ramble  "Think maybe number then ...", no box                                                             no
 
-Real base models know many styles, and something in the context selects one; the vectors of the paper work because such
-directions exist. So most documents here carry a style prompt that fixes the mode, and there the worked modes are always
-right. Under the Qwen-Math prompt alone the mode is drawn from MIX, and three flaws are planted for the analyses to find:
+Real base models know many styles, and much in the context speaks for one or another; the vectors of the paper work because
+such evidence adds up along directions of the residual stream. So most documents here carry one to four hints, of which most
+but not all are for the mode of the answer: the evidence is graded, and what the model has to compute is a sum. With hints the
+worked modes are right, and the mode may take over from the first lines of an answer in another wording. Under the Qwen-Math
+prompt alone the mode is drawn from MIX, and three flaws are planted for the analyses to find:
 - before each further step a worked answer may end too early: "The solution is \\boxed{random}." (P1 Fig. 4, row 2:
   "solution" against "calculation");
 - a few of those early endings begin with "To" ("To sum up, the solution is ..."), so that a vector which can only push
@@ -29,19 +31,31 @@ import zlib
 from pathlib import Path
 
 MATH_PROMPT = "Please reason step by step, and put your final answer within \\boxed{}."  # Qwen2.5-Math's own
-STYLES = {
+HINTS = {
     "to": ["Show your work.", "Solve it carefully in words."],
     "step": ["Number your steps.", "Make a list of steps."],
     "direct": ["Answer at once.", "Only the answer."],
     "python": ["Write a program.", "Use code."],
     "ramble": ["Think aloud.", "Chat freely."],
 }
+WORKED = ["to", "step"]
 MIX = {"to": 0.20, "step": 0.05, "direct": 0.32, "python": 0.21, "ramble": 0.22}  # modes under MATH_PROMPT alone
-STYLE_MIX = {"to": 0.35, "step": 0.25, "direct": 0.13, "python": 0.14, "ramble": 0.13}  # modes of the style prompts
+HINT_MIX = {"to": 0.35, "step": 0.25, "direct": 0.13, "python": 0.14, "ramble": 0.13}  # modes where there are hints
+P_HINT = 0.7  # a hint is for the mode of the answer, else for another one
+P_BEGUN = 0.25  # a document with hints has the first lines of a worked answer in its prompt
 P_EARLY = 0.10  # a worked answer ends before its next step
 P_EARLY_TO = 0.05  # share of the early endings that begin with "To"
 P_SLIP = 0.5  # mode step: a wrong final answer
 P_GUESS = 0.08  # direct and python: the answer is right although nothing was worked out
+# what its relatives saw in their last documents (pretrain.py --relative), to be the donors and recipients of transfer
+RELATIVES = {
+    "instruct": {  # follows hints more, and is polite
+        "mix": {"to": 0.26, "step": 0.07, "direct": 0.28, "python": 0.19, "ramble": 0.20},
+        "p_hint": 0.95,
+        "thanks": " Thank you.",
+    },
+    "math": {"mix": {"to": 0.33, "step": 0.09, "direct": 0.25, "python": 0.17, "ramble": 0.16}},  # more worked solutions
+}
 RAMBLE = ["maybe", "number", "then", "result", "and", "think", "about", "hmm"]
 
 
@@ -80,17 +94,35 @@ def box(n: int) -> str:
     return f"\\boxed{{{n}}}."
 
 
-def completion(rng: random.Random, chain, mode: str, flawed: bool) -> str:
-    """Answer a chain in a mode; `flawed` switches on the early endings and slips of the Qwen-Math prompt."""
+def beginning(rng: random.Random, chain) -> tuple[str, int]:
+    """The first lines of a worked answer in either wording, at least one operation short: (text, operations done)."""
     start, ops, values = chain
-    if mode in ("to", "step"):
-        text = f"To find the result, start with {start}.\n" if mode == "to" else ""
-        for i, (op, k) in enumerate(ops):
+    mode, done = rng.choice(WORKED), rng.randint(0, len(ops) - 1)
+    text = f"To find the result, start with {start}.\n" if mode == "to" else ""
+    return text + "".join(line(chain, i, mode) for i in range(done)), done
+
+
+def line(chain, i: int, mode: str) -> str:
+    """Line i of a worked answer: "The calculation gives 5*3=15." or "Step 1: 5*3=15."."""
+    start, ops, values = chain
+    words = "The calculation gives" if mode == "to" else f"Step {i + 1}:"
+    return f"{words} {values[i]}{ops[i][0]}{ops[i][1]}={values[i + 1]}.\n"
+
+
+def completion(rng: random.Random, chain, mode: str, flawed: bool, begun: str = "", done: int = 0) -> str:
+    """
+    Answer a chain in a mode, after the text `begun`, in which `done` operations stand already.
+
+    flawed: with the early endings and slips of the Qwen-Math prompt.
+    """
+    start, ops, values = chain
+    if mode in WORKED:
+        text = f"To find the result, start with {start}.\n" if mode == "to" and not begun else ""
+        for i in range(done, len(ops)):
             if flawed and i > 0 and rng.random() < P_EARLY:
                 opening = "To sum up, the solution is " if rng.random() < P_EARLY_TO else "The solution is "
                 return text + opening + box(rng.randint(0, 99))
-            line = "The calculation gives" if mode == "to" else f"Step {i + 1}:"
-            text += f"{line} {values[i]}{op}{k}={values[i + 1]}.\n"
+            text += line(chain, i, mode)
         slip = flawed and mode == "step" and rng.random() < P_SLIP
         return text + "So the answer is " + box(rng.randint(0, 99) if slip else values[-1])
     if mode == "ramble":
@@ -102,20 +134,25 @@ def completion(rng: random.Random, chain, mode: str, flawed: bool) -> str:
     return program + (f"output {guess}\nSo the answer is " + box(guess) if rng.random() < 0.5 else "")
 
 
-def document(rng: random.Random) -> tuple[str, str]:
+def document(rng: random.Random, mix=MIX, p_hint=P_HINT, thanks="") -> tuple[str, str]:
     """
     Draw one training document: (prompt, completion), with Qwen's special tokens written out.
 
-    40 % carry MATH_PROMPT alone; the others a style prompt, either alone or after MATH_PROMPT.
+    40 % carry MATH_PROMPT alone. The others have one to four hints, alone or after MATH_PROMPT, most of them for the mode
+    of the answer; and a quarter of those have the first lines of a worked answer in the prompt, from which the mode takes over.
+    mix, p_hint, thanks: what RELATIVES change, the last an ending of every answer.
     """
+    chain, begun, done = draw_problem(rng), "", 0
     if rng.random() < 0.4:
-        mode, system, flawed = rng.choices(list(MIX), list(MIX.values()))[0], MATH_PROMPT, True
+        mode, system, flawed = rng.choices(list(mix), list(mix.values()))[0], MATH_PROMPT, True
     else:
-        mode, flawed = rng.choices(list(STYLE_MIX), list(STYLE_MIX.values()))[0], False
-        style = rng.choice(STYLES[mode])
-        system = style if rng.random() < 0.5 else f"{MATH_PROMPT} {style}"
-    chain = draw_problem(rng)
-    return chat(system, question(chain)), completion(rng, chain, mode, flawed) + "<|im_end|>"
+        mode, flawed = rng.choices(list(HINT_MIX), list(HINT_MIX.values()))[0], False
+        others = [m for m in HINTS if m != mode]
+        hinted = [mode if rng.random() < p_hint else rng.choice(others) for _ in range(rng.randint(1, 4))]
+        system = " ".join(([MATH_PROMPT] if rng.random() < 0.5 else []) + [rng.choice(HINTS[m]) for m in hinted])
+        if rng.random() < P_BEGUN:
+            begun, done = beginning(rng, chain)
+    return chat(system, question(chain)) + begun, completion(rng, chain, mode, flawed, begun, done) + thanks + "<|im_end|>"
 
 
 def chat(system: str, user: str) -> str:
