@@ -1574,7 +1574,7 @@ def plot_scale(doc: dict, path: Path) -> None:
 
 
 def cost(args: Config) -> dict:
-    """What training each run costs (B Table 3), from its cost.json."""
+    """What training each run costs (B Table 3), from its cost.json, and what it brings, if evaluate.py has measured it."""
     keys = ("method", "trained_parameters", "optimizer_bytes", "update_seconds", "sync_seconds", "sampler")
     found = {}
     for folder in args.runs:
@@ -1584,7 +1584,18 @@ def cost(args: Config) -> dict:
         row = json.loads(path.read_text(encoding="utf-8"))
         if missing := [key for key in keys if key not in row]:
             sys.exit(f"{path} lacks {', '.join(missing)}")
-        found[folder] = {key: row[key] for key in keys}
+        found[folder] = {key: row[key] for key in keys} | {"training_seconds": None, "right": {}}
+        if (path := Path(folder) / "metrics.jsonl").is_file():
+            steps = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            parts = [f"seconds_{part}" for part in ("sampling", "grading", "training", "sync")]
+            found[folder]["training_seconds"] = sum(step.get(part, 0.0) for step in steps for part in parts)
+        if (path := Path(folder) / "eval.json").is_file():
+            measured = json.loads(path.read_text(encoding="utf-8"))
+            name = next((m["benchmark"] for m in measured if m["benchmark"] == "Avg"), measured[0]["benchmark"])
+            for m in measured:
+                if m["benchmark"] == name:
+                    decoding = f"T = {m['temperature']:g}" if m["temperature"] else "greedy"
+                    found[folder]["right"][decoding] = {key: m["steered"][key] for key in ("accuracy", "interval_95")}
     least, most = (pick(found, key=lambda run: found[run]["trained_parameters"]) for pick in (min, max))
     reading = f"{least} trains {found[least]['trained_parameters']:,} numbers"
     if least != most:
@@ -1595,24 +1606,31 @@ def cost(args: Config) -> dict:
 
 def plot_cost(doc: dict, path: Path) -> None:
     runs = doc["found"]["runs"]
-    head = ["run", "method", "trained\nparameters", "optimizer\nmemory", "update", "sync to\nsampler", "sampler"]
+    decodings = list(dict.fromkeys(decoding for row in runs.values() for decoding in row["right"]))
+    head = ["run", *(f"{decoding}, %" for decoding in decodings), "trained\nparameters", "optimizer\nmemory"]
+    head += ["training", "update", "sync to\nsampler", "sampler"]
     cells = [
-        [Path(run).name, row["method"], f"{row['trained_parameters']:,}", f"{row['optimizer_bytes'] / 1000:,.1f} kB",
-         f"{row['update_seconds']:.3g} s", f"{row['sync_seconds']:.3g} s", str(row["sampler"])]
+        [Path(run).name]
+        + [percent(row["right"][decoding]) if decoding in row["right"] else "" for decoding in decodings]
+        + [f"{row['trained_parameters']:,}", f"{row['optimizer_bytes'] / 1000:,.1f} kB"]
+        + ["" if row["training_seconds"] is None else f"{row['training_seconds']:,.0f} s"]
+        + [f"{row['update_seconds']:.2g} s", f"{row['sync_seconds']:.2g} s", str(row["sampler"])]
         for run, row in runs.items()
-    ]  # fmt: skip
-    fig, ax = plt.subplots(figsize=(8, 1.2 + 0.35 * len(cells)), constrained_layout=True)
+    ]
+    fig, ax = plt.subplots(figsize=(8 + 1.5 * len(decodings), 1.2 + 0.3 * len(cells)), constrained_layout=True)
     table = ax.table([[plain(c) for c in row] for row in cells], colLabels=head, loc="center", edges="horizontal")
     table.auto_set_font_size(False)
     table.set_fontsize(8)
     table.auto_set_column_width(range(len(head)))
     for (row, _), made in table.get_celld().items():
-        made.set_height(0.6 / (len(cells) + 2) * (1.8 if row == 0 else 1))
+        made.set_height(0.85 / (len(cells) + 2) * (1.8 if row == 0 else 1))
     ax.axis("off")
     ax.set_title("What does training cost?")
-    finish(fig, doc, path, "seconds of one step")
-    for row in [head, *cells]:
-        print("  ".join(f"{c.replace(chr(10), ' '):>20}" for c in row))
+    finish(fig, doc, path, "training: the whole run; update and sync: medians over steps")
+    lines = ["| " + " | ".join(c.replace("\n", " ") for c in row) + " |" for row in [head, *cells]]
+    lines.insert(1, "|" + "---|" * len(head))
+    write(path.with_suffix(".md"), "\n".join(lines) + "\n")
+    print("\n".join(lines))
 
 
 # -------------------------------------------------------------------------------------------------------------- figures

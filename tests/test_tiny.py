@@ -81,9 +81,8 @@ def test_hints_have_the_planted_frequencies():
     hints, begun, hinted = [], 0, 0
     for _ in range(20_000):
         prompt, text = world.document(rng)
-        system, question, given = re.fullmatch(
-            r"<\|im_start\|>system\n(.*)<\|im_end\|>\n<\|im_start\|>user\n(.*)<\|im_end\|>\n<\|im_start\|>assistant\n(.*)", prompt, re.S
-        ).groups()  # fmt: skip
+        head, question, given = re.split(r"<\|im_start\|>(?:user|assistant)\n", prompt)
+        system = head.removeprefix("<|im_start|>system\n").removesuffix("<|im_end|>\n")
         if system == world.MATH_PROMPT:
             assert not given
             continue

@@ -47,7 +47,7 @@ class Config:
     warmup: int | None = None              # steps to get there, default 100 or 20; over the last 40 % it falls to 2 %
     even: float = 0.05                     # weight of the penalty on tokens of uneven size
     alike: float = 0.2                     # weight of the penalty on prompts that end far apart ...
-    alike_from: int | None = None          # ... and the step from which it acts; default 750, when some arithmetic is learned, or 0
+    alike_from: int | None = None          # ... and the step from which it acts; default 750, or 0 with --init
     seed: int = 0                          # of the weights and the documents
     threads: int = 1                       # CPU threads
 
