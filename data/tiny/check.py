@@ -33,10 +33,12 @@ class Config:
     out: Path | None = None                # folder of the runs; default out/check-CHECKSUM of the weights
 
 
-def trained(out: Path, llm, layer: str, seed: int, reward: str = "verify") -> dict[int, torch.Tensor]:
-    """The vectors of a run with the default settings, trained now if they are not there yet."""
-    run = out / (f"layer{layer}" + ("-random-reward" if reward == "random" else ""))
-    settings = train.Config(layer=layer, reward=reward, seed=seed, eval_problems=0, out=str(run))
+def trained(out: Path, llm, layer: str, seed: int, **changes) -> dict[int, torch.Tensor]:
+    """The vectors of a run with the default settings but for `changes`, trained now if they are not there yet."""
+    defaults = train.Config()
+    changed = "".join(f"-{name}-{value}" for name, value in changes.items() if getattr(defaults, name) != value)
+    run = out / f"layer{layer}{changed}"
+    settings = train.Config(layer=layer, seed=seed, eval_problems=0, out=str(run), **changes)
     train.main(replace(settings, resume=(run / "state.pt").is_file()))
     return model.load_vectors(run / "vectors.safetensors", llm, "tiny")[0]
 
@@ -105,7 +107,7 @@ def main(args: Config) -> None:
 
     for layer in sorted({27, best}):
         controls = {f"random vector {seed} at layer {layer}": random_like(vectors[layer], seed) for seed in range(3)}
-        controls[f"layer {layer} trained on random rewards"] = trained(out, llm, str(layer), args.seed, "random")
+        controls[f"layer {layer} trained on random rewards"] = trained(out, llm, str(layer), args.seed, reward="random")
         for name, control in controls.items():
             gain = accuracy(f"{name}, T = 1", control) - base
             say(f"{name}, T = 1", gain < 0.05, f"{100 * gain:+.1f} points against base; less than +5")
