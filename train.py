@@ -251,29 +251,45 @@ def earlier_directions(args: Config, llm, places: list) -> dict:
     return {place: torch.linalg.qr(stack.double().cpu()).Q.T.float().to(llm.device) for place, stack in stacks.items()}
 
 
-def all_weights(llm) -> dict[str, torch.Tensor]:
-    """
-    Every weight as an fp32 copy to train, {name: tensor}; gradients of the model's weights are added to the copies' .grad.
+def owners(llm) -> dict[str, int]:
+    """{name of a weight: the process that trains it}, largest weights first, each to the process with the least so far."""
+    load, owner = [0] * world()[1], {}
+    for name, weight in sorted(llm.named_parameters(), key=lambda pair: -pair[1].numel()):
+        owner[name] = load.index(min(load))
+        load[owner[name]] += weight.numel()
+    return owner
 
-    In bfloat16 a weight ignores steps below 1/256 of itself, and sums of small gradients lose most of their digits.
+
+def all_weights(llm, owner: dict[str, int]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """
-    masters = {}
+    This process's share of the weights as fp32 copies to train, and the fp32 gradient of every weight: {name: tensor} each.
+
+    A backward pass through the model adds to the gradients. In bfloat16 a weight ignores steps below 1/256 of itself, and sums of
+    small gradients lose most of their digits. Copies and Adam's moments are shared out over the processes, as in ZeRO stage 1
+    (arXiv:1910.02054): n processes hold 2 + 4 + 12 / n bytes a weight. The weights stay whole, because every process samples.
+    """
+    copies, gradients = {}, {}
 
     def hand_over(name, weight):
-        masters[name].grad += weight.grad.float()
+        gradients[name] += weight.grad.float()
         weight.grad = None
 
     for name, weight in llm.named_parameters():
-        masters[name] = weight.detach().float().clone().requires_grad_()
+        gradients[name] = torch.zeros_like(weight, dtype=torch.float32)
+        if owner[name] == world()[0]:
+            copies[name] = weight.detach().float().clone().requires_grad_()
         weight.requires_grad_().register_post_accumulate_grad_hook(partial(hand_over, name))
-    return masters
+    return copies, gradients
 
 
 @torch.no_grad()
-def write_back(llm, masters: dict[str, torch.Tensor]) -> None:
-    """Copy the trained copies into the model."""
+def write_back(llm, copies: dict[str, torch.Tensor], owner: dict[str, int]) -> None:
+    """Copy the trained copies of all processes into the model of each."""
     for name, weight in llm.named_parameters():
-        weight.copy_(masters[name])
+        if name in copies:
+            weight.copy_(copies[name])
+        if world()[1] > 1:
+            dist.broadcast(weight, owner[name])
 
 
 # -------------------------------------------------------------------------------------------------- settings and files
@@ -341,14 +357,31 @@ def open_run(args: Config, out: Path) -> None:
     config.write_text(json.dumps(settings, indent=2) + "\n")
 
 
-def save_state(path: Path, step: int, vectors: dict, adam: torch.optim.Adam) -> None:
+def whole_state(trained: dict, adam: torch.optim.Adam, owner: dict) -> dict:
+    """
+    {place or name: {value, exp_avg, exp_avg_sq, step}} of all that is trained, whichever process trains it, on the CPU.
+
+    owner: {name: process} if each trains a share; only process 0 gets the others' shares, one tensor at a time.
+    """
+    state = {name: {"value": s.detach().cpu()} | {k: x.cpu() for k, x in adam.state[s].items()} for name, s in trained.items()}
+    for name in owner if world()[1] > 1 else ():
+        if owner[name] == world()[0] != 0:
+            dist.send_object_list([state.pop(name)], dst=0)
+        elif owner[name] != world()[0] == 0:
+            arrived = [None]
+            dist.recv_object_list(arrived, src=owner[name])
+            state[name] = arrived[0]
+    return state
+
+
+def save_state(path: Path, step: int, state: dict) -> None:
     """
     Everything that the next step depends on: the trained tensors, Adam's moments and the number of steps done.
 
     No random state: the order of the problems is a function of (seed, epoch), the rollouts are one of (seed, step).
     """
     temporary = path.with_suffix(".tmp")
-    torch.save({"step": step, "vectors": {p: s.detach() for p, s in vectors.items()}, "adam": adam.state_dict()}, temporary)
+    torch.save({"step": step, "trained": state}, temporary)
     temporary.replace(path)  # a stop in the middle of writing leaves the last step's state whole
 
 
@@ -554,7 +587,10 @@ def main(args: Config) -> None:
         open_run(args, out)
     everyone([None])  # nobody goes on before the folder is there
     full = args.method == "full"
-    trained = all_weights(llm) if full else vectors
+    owner = owners(llm) if full else {}
+    trained, gradients = all_weights(llm, owner) if full else (vectors, {p: torch.zeros_like(s) for p, s in vectors.items()})
+    for place, s in trained.items():
+        s.grad = gradients[place]  # a backward pass adds to it
     # a group for each lr, no weight decay. eps: gradients are small because the loss is divided by all tokens of the batch;
     # with the usual 1e-8 the smallest coordinates moved 5 % less than lr on the embedded model
     groups = {name: {"params": [s], "lr": lr.get(name, args.lr_absolute)} for name, s in trained.items()}
@@ -564,11 +600,12 @@ def main(args: Config) -> None:
     if args.resume:
         state = torch.load(out / "state.pt", map_location="cpu", weights_only=True)
         for place, s in trained.items():
-            s.data.copy_(state["vectors"][place])
-        adam.load_state_dict(state["adam"])
+            moments = state["trained"][place]
+            s.data.copy_(moments.pop("value"))
+            adam.state[s] = {name: x if name == "step" else x.to(s.device) for name, x in moments.items()}
         first = state["step"]
         if full:
-            write_back(llm, trained)
+            write_back(llm, trained, owner)
     if rank == 0:
         keep_lines(out / "metrics.jsonl", first)
         keep_lines(out / "samples.jsonl", first)
@@ -609,26 +646,27 @@ def main(args: Config) -> None:
 
             for group, size in zip(adam.param_groups, highest):
                 group["lr"] = size * min(1, (step + 1) / args.warmup)
-            for s in trained.values():
-                s.grad = torch.zeros_like(s)
+            for gradient in gradients.values():
+                gradient.zero_()
             sums = accumulate_gradient(
                 llm, steering, rolled, advantages, args.temperature, args.micro_tokens, sum(lengths), args.weight_cap,
                 args.checkpoint,
             )  # fmt: skip
             if processes > 1:
-                for s in trained.values():
-                    dist.all_reduce(s.grad)
+                for gradient in gradients.values():
+                    dist.all_reduce(gradient)
             sums = everyone([sums])
             total = {name: sum(part[name] for part in sums) for name in sums[0]}
             began_update = time.perf_counter()
             for place, basis in earlier.items():
-                trained[place].grad = orthogonal(trained[place].grad, basis)
-            grad_norm = torch.nn.utils.clip_grad_norm_(trained.values(), args.clip).item()
+                gradients[place].copy_(orthogonal(gradients[place], basis))
+            grad_norm = torch.nn.utils.get_total_norm(gradients.values()).item()  # of all, whoever trains them
+            torch.nn.utils.clip_grads_with_norm_(trained.values(), args.clip, torch.tensor(grad_norm))
             adam.step()
             for place, basis in earlier.items():  # Adam divides every coordinate by a size of its own, which turns the step
                 trained[place].data = orthogonal(trained[place].data, basis)
             if full:
-                write_back(llm, trained)
+                write_back(llm, trained, owner)
             if llm.device.type == "cuda":
                 torch.cuda.synchronize()
             updated = time.perf_counter()
@@ -665,12 +703,14 @@ def main(args: Config) -> None:
                 if step % args.sample_every == 0:
                     append(out / "samples.jsonl", some_samples(step, batch, rolled.texts, rewards))
                 append(out / "metrics.jsonl", [metrics])
-                if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
+            if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
+                state = whole_state(trained, adam, owner)
+                if rank == 0:
                     if full:
                         save_weights(out / "weights", llm, tokenizer)
                     else:
                         model.save_vectors(out / "vectors.safetensors", steering, llm, args.model, step + 1)
-                    save_state(out / "state.pt", step + 1, trained, adam)  # last: a step counts once this is on the disk
+                    save_state(out / "state.pt", step + 1, state)  # last: a step counts once this is on the disk
             bar.set_description(f"reward {100 * metrics['reward_mean']:.0f} %")
             if rank == 0 and step == first and metrics["truncated"] > 0.9:
                 bar.write(f"{100 * metrics['truncated']:.0f} % of the answers are cut off: raise --context or --max-tokens")
@@ -686,7 +726,7 @@ def main(args: Config) -> None:
                     engine.push_weights(llm)
             base = held_out_answers("base", answer, held_out, {}, args.seed)
             if full:
-                write_back(llm, trained)
+                write_back(llm, trained, owner)
                 if engine is not None:
                     engine.push_weights(llm)
             steered = held_out_answers("steered", answer, held_out, steering, args.seed)
