@@ -18,8 +18,8 @@ $ python analyze.py scale RUN       $ python analyze.py cost RUN...          # r
 $ python analyze.py report                                    # one page of all figures under out/, beside the papers' numbers
 
 P1, P4: versions 1 and 4 of arXiv:2509.06608; B: arXiv:2505.18706. Numbers and figure go to RUN/figures/NAME.json and .png, with
-several runs to out/figures/. A command whose settings are those of the JSON there computes nothing and only draws. Long
-analyses keep every condition in figures/parts/: an interrupted command is given again and goes on.
+several runs to out/figures/. A command whose settings are those of the JSON there computes nothing and only draws (transfer
+loads its models again). Long analyses keep every condition in figures/parts/: an interrupted command is given again and goes on.
 
 Every problem counts once: intervals are 95 % bootstrap intervals over problems, and conditions share problems and random seeds.
 """
@@ -982,14 +982,15 @@ def transfer(lab: Lab) -> dict:
     found = {}
     for name in lab.args.recipients:
         own = [run for _, run in donors if run.config["model"] == name]
-        there = open_lab(lab.args, lab.folder, name, (own or lab.runs)[0].config, lab.rows)  # one at a time: they may be large
+        there = open_lab(lab.args, lab.folder, name, (own or lab.runs)[0].config, lab.rows)
         row = {"base": answers(there, {}, lab.args.temperature, f"{name}, base")}
         for donor, run in donors:
             fitted = model.load_vectors(run.folder / "vectors.safetensors", there.llm)[0]  # exits if the sizes differ
             row[donor] = answers(there, fitted, lab.args.temperature, f"{name}, vectors of {donor}")
         mine = next((row[donor] for donor, run in donors if run.config["model"] == name), None)
         shares = {donor: share_of(row[donor], row["base"], mine) if mine else None for donor, _ in donors}
-        found[name] = {"accuracies": row, "shares": shares}
+        found[name] = {"accuracies": row, "shares": shares, "measured": there.state}
+        del there  # one at a time: they may be large
     foreign = [
         (row["accuracies"][donor]["accuracy"] - row["accuracies"]["base"]["accuracy"], donor, name, row)
         for name, row in found.items() for donor, run in donors if run.config["model"] != name
@@ -1497,7 +1498,7 @@ def attention(lab: Lab) -> dict:
 @torch.no_grad()
 def token_scales(llm, vectors: dict, rows: list[list[int]]) -> dict[int, list[list[float]]]:
     """|B| A x_t of every token of each text under rank-1 LoRAs, x the input of mlp.down_proj: {layer: [a list for each text]}."""
-    layers = [place[0] for place in vectors if place[1] == "lora_A"]
+    layers = [model.layer_of(place) for place in vectors if model.name_of(place).endswith("lora_A")]
     sizes = {layer: [] for layer in layers}
     for batch in batches(rows):
 
@@ -1587,15 +1588,17 @@ def cost(args: Config) -> dict:
         found[folder] = {key: row[key] for key in keys} | {"training_seconds": None, "right": {}}
         if (path := Path(folder) / "metrics.jsonl").is_file():
             steps = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-            parts = [f"seconds_{part}" for part in ("sampling", "grading", "training", "sync")]
+            parts = ["seconds_sampling", "seconds_grading", "seconds_training"]  # vectors are synchronised within the sampling
+            parts += ["seconds_sync"] * (row["method"] == "full")
             found[folder]["training_seconds"] = sum(step.get(part, 0.0) for step in steps for part in parts)
         if (path := Path(folder) / "eval.json").is_file():
             measured = json.loads(path.read_text(encoding="utf-8"))
             name = next((m["benchmark"] for m in measured if m["benchmark"] == "Avg"), measured[0]["benchmark"])
             for m in measured:
-                if m["benchmark"] == name:
-                    decoding = f"T = {m['temperature']:g}" if m["temperature"] else "greedy"
-                    found[folder]["right"][decoding] = {key: m["steered"][key] for key in ("accuracy", "interval_95")}
+                if m["benchmark"] == name and (steered := m["steered"]):
+                    column = f"{name}, " + (f"T = {m['temperature']:g}" if m["temperature"] else "greedy")
+                    column += f", n = {steered['problems']}" if "problems" in steered else ""
+                    found[folder]["right"][column] = {key: steered[key] for key in ("accuracy", "interval_95")} | {"of": name}
     least, most = (pick(found, key=lambda run: found[run]["trained_parameters"]) for pick in (min, max))
     reading = f"{least} trains {found[least]['trained_parameters']:,} numbers"
     if least != most:
@@ -1607,7 +1610,7 @@ def cost(args: Config) -> dict:
 def plot_cost(doc: dict, path: Path) -> None:
     runs = doc["found"]["runs"]
     decodings = list(dict.fromkeys(decoding for row in runs.values() for decoding in row["right"]))
-    head = ["run", *(f"{decoding}, %" for decoding in decodings), "trained\nparameters", "optimizer\nmemory"]
+    head = ["run", *decodings, "trained\nparameters", "optimizer\nmemory"]
     head += ["training", "update", "sync to\nsampler", "sampler"]
     cells = [
         [Path(run).name]
@@ -1626,7 +1629,7 @@ def plot_cost(doc: dict, path: Path) -> None:
         made.set_height(0.85 / (len(cells) + 2) * (1.8 if row == 0 else 1))
     ax.axis("off")
     ax.set_title("What does training cost?")
-    finish(fig, doc, path, "training: the whole run; update and sync: medians over steps")
+    finish(fig, doc, path, "training: sampling, grading and training of all steps; update and sync: medians over steps")
     lines = ["| " + " | ".join(c.replace("\n", " ") for c in row) + " |" for row in [head, *cells]]
     lines.insert(1, "|" + "---|" * len(head))
     write(path.with_suffix(".md"), "\n".join(lines) + "\n")
@@ -1738,7 +1741,7 @@ def table_of(rows: list[dict], columns: list | None = None) -> str:
 def numbers(found, name: str = "") -> list[dict]:
     """What an analysis found as rows of a table: accuracies, shares, and lists of tokens or cosines, wherever they are."""
     if isinstance(found, dict) and "accuracy" in found:
-        return [{"what": name, "value": percent(found, "" if "correct" in found else "+")}]
+        return [{"what": name, "value": percent(found, "" if {"correct", "of"} & found.keys() else "+")}]
     if isinstance(found, dict) and isinstance(found.get("share"), float):
         return [{"what": name, "value": f"{found['share']:.2f} {span(found)}" + (" (not to be judged)" if found["open"] else "")}]
     if isinstance(found, dict):
@@ -1912,7 +1915,7 @@ def measured(args: Config, folder: Path, old: dict | None) -> dict:
         vectors = {} if args.name == "transfer" else model.load_vectors(file, lab.llm, lab.model)[0]
         matrices = [model.name_of(place) for place, s in vectors.items() if s.dim() > 1]
         if matrices and args.name not in ("scale", "shift", "case", "sites"):
-            sys.exit(f"{args.name} wants vectors; {run} has a LoRA, {matrices[0]}: shift, case, sites and scale take one")
+            sys.exit(f"{args.name} wants vectors; {run} has a LoRA: shift, case, sites, scale and transfer take one")
         in_order = sorted(vectors, key=lambda key: (key,) if isinstance(key, int) else key)  # a key may be (layer, site)
         vectors = {key: vectors[key] for key in in_order}
         runs.append(Run(Path(run), configs[run], vectors, label_of(configs[run])))

@@ -61,7 +61,7 @@ def load(name: str = "tiny", device: str = "auto", dtype: str = "auto"):
     if dtype not in ("float32", "bfloat16", "float16"):
         sys.exit(f"--dtype wants auto, float32, bfloat16 or float16, got {dtype!r}")
     path = FAMILY.get(name, Path(name))
-    if name in FAMILY and not path.is_dir():
+    if name in FAMILY and not (path / "config.json").is_file():
         sys.exit(f"{name} is not in the repository: `python data/tiny/pretrain.py --relative {name[5:]}` makes it in minutes")
     if path.is_dir() and not (path / "config.json").is_file():
         sys.exit(f"no model in {path}: a model folder holds config.json, *.safetensors and the tokenizer's files")

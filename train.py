@@ -266,7 +266,8 @@ def all_weights(llm, owner: dict[str, int]) -> tuple[dict[str, torch.Tensor], di
 
     A backward pass through the model adds to the gradients. In bfloat16 a weight ignores steps below 1/256 of itself, and sums of
     small gradients lose most of their digits. Copies and Adam's moments are shared out over the processes, as in ZeRO stage 1
-    (arXiv:1910.02054): n processes hold 2 + 4 + 12 / n bytes a weight. The weights stay whole, because every process samples.
+    (arXiv:1910.02054): each of n holds 2 (bfloat16 weight) + 4 (gradient) + 12 / n bytes a weight. The weights stay whole,
+    because every process samples.
     """
     copies, gradients = {}, {}
 
@@ -361,16 +362,20 @@ def whole_state(trained: dict, adam: torch.optim.Adam, owner: dict) -> dict:
     """
     {place or name: {value, exp_avg, exp_avg_sq, step}} of all that is trained, whichever process trains it, on the CPU.
 
-    owner: {name: process} if each trains a share; only process 0 gets the others' shares, one tensor at a time.
+    owner: {name: process} if each trains a share; process 0 gets the others' shares, one weight at a time, and they get {}.
     """
-    state = {name: {"value": s.detach().cpu()} | {k: x.cpu() for k, x in adam.state[s].items()} for name, s in trained.items()}
-    for name in owner if world()[1] > 1 else ():
-        if owner[name] == world()[0] != 0:
-            dist.send_object_list([state.pop(name)], dst=0)
-        elif owner[name] != world()[0] == 0:
-            arrived = [None]
-            dist.recv_object_list(arrived, src=owner[name])
-            state[name] = arrived[0]
+    state, rank = {}, world()[0]
+    for name in owner or trained:
+        if name in trained:
+            s = trained[name]
+            part = [{"value": s.detach().cpu()} | {key: x.cpu() for key, x in adam.state[s].items()}]
+            if owner.get(name, 0) == rank > 0:
+                dist.send_object_list(part, dst=0)
+        elif rank == 0:
+            part = [None]
+            dist.recv_object_list(part, src=owner[name])
+        if rank == 0:
+            state[name] = part[0]
     return state
 
 
@@ -394,13 +399,12 @@ def save_weights(folder: Path, llm, tokenizer) -> None:
     temporary.rename(folder)
 
 
-def write_cost(path: Path, args: Config, trained: dict, adam: torch.optim.Adam, metrics: list[dict], sampler: str) -> None:
+def write_cost(path: Path, args: Config, parameters: int, optimizer_bytes: int, metrics: list[dict], sampler: str) -> None:
     """cost.json: what this way of training costs (arXiv:2505.18706, Tables 3 and 5). Seconds are medians over steps."""
-    state = [x for moments in adam.state.values() for x in moments.values() if torch.is_tensor(x)]
     cost = {
         "method": args.method + (f"-{args.rank}" if args.method == "lora" else ""),
-        "trained_parameters": sum(s.numel() for s in trained.values()),
-        "optimizer_bytes": sum(x.numel() * x.element_size() for x in state),  # Adam's moments; fp32 copies are not in it
+        "trained_parameters": parameters,
+        "optimizer_bytes": optimizer_bytes,  # Adam's moments, of all processes that train a share; fp32 copies are not in it
         "update_seconds": statistics.median(m["seconds_update"] for m in metrics),  # clipping, Adam, the copy into the model
         "sync_seconds": statistics.median(m["seconds_sync"] for m in metrics),  # until the sampler has it; 0: it is the model
         "sampler": sampler,
@@ -462,7 +466,8 @@ def plot_reward(metrics: list[dict], base: float, path: Path) -> None:
 # ------------------------------------------------------------------------------------------------- several processes
 
 # torchrun starts a process for every GPU. Each samples and trains on its share of a step's prompts; the gradients of the
-# vectors are summed, a few kilobytes, and every process takes the same Adam step. Process 0 alone writes and prints.
+# vectors are summed, a few kilobytes, and every process takes the same Adam step. With --method full every process takes the step
+# of its share of the weights (owners), and they are exchanged (write_back). Process 0 alone writes and prints.
 
 
 def world() -> tuple[int, int]:
@@ -598,12 +603,15 @@ def main(args: Config) -> None:
     adam = torch.optim.Adam(groups.values(), eps=1e-15)
     first = 0
     if args.resume:
-        state = torch.load(out / "state.pt", map_location="cpu", weights_only=True)
+        state = torch.load(out / "state.pt", map_location="cpu", weights_only=True, mmap=True)  # each reads its share alone
+        if "trained" not in state:
+            sys.exit(f"{out}/state.pt was written by an older train.py: delete the folder, or name another --out")
         for place, s in trained.items():
             moments = state["trained"][place]
             s.data.copy_(moments.pop("value"))
             adam.state[s] = {name: x if name == "step" else x.to(s.device) for name, x in moments.items()}
         first = state["step"]
+        del state
         if full:
             write_back(llm, trained, owner)
     if rank == 0:
@@ -711,13 +719,17 @@ def main(args: Config) -> None:
                     else:
                         model.save_vectors(out / "vectors.safetensors", steering, llm, args.model, step + 1)
                     save_state(out / "state.pt", step + 1, state)  # last: a step counts once this is on the disk
+                del state  # of large models it is large
             bar.set_description(f"reward {100 * metrics['reward_mean']:.0f} %")
             if rank == 0 and step == first and metrics["truncated"] > 0.9:
                 bar.write(f"{100 * metrics['truncated']:.0f} % of the answers are cut off: raise --context or --max-tokens")
 
         history = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()] if rank == 0 else []
+        moments = sum(x.numel() * x.element_size() for moments in adam.state.values() for x in moments.values())
+        moments = sum(everyone([moments])) if full else moments
         if rank == 0:
-            write_cost(out / "cost.json", args, trained, adam, history, "vllm" if engine else "hf")
+            parameters = sum(gradient.numel() for gradient in gradients.values())
+            write_cost(out / "cost.json", args, parameters, moments, history, "vllm" if engine else "hf")
         base = None
         if held_out:
             if full:  # the base model's answers with the base model's weights

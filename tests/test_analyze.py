@@ -437,13 +437,17 @@ def test_cost_shows_what_was_measured(runs, tmp_path):
     shutil.copytree(runs["a"], run)
     steps = [{"seconds_sampling": 2.0, "seconds_grading": 0.5, "seconds_training": 1.0, "seconds_update": 0.25}] * 2
     (run / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
-    made = [{"benchmark": "tiny", "temperature": t, "steered": {"accuracy": a, "interval_95": [a - 0.03, a + 0.02]}}
-            for t, a in ((1.0, 0.5), (0.0, 0.9))]  # fmt: skip
+    made = [
+        {"benchmark": "tiny", "temperature": t, "steered": {"accuracy": a, "interval_95": [a - 0.03, a + 0.02], "problems": 9}}
+        for t, a in ((1.0, 0.5), (0.0, 0.9))
+    ]
     (run / "eval.json").write_text(json.dumps(made))
     doc = go("cost", str(run), runs["all"], out=str(tmp_path / "figures"))
     assert doc["found"]["runs"][str(run)]["training_seconds"] == 7.0
     lines = (tmp_path / "figures" / "cost.md").read_text().splitlines()
-    assert lines[0].split(" | ")[:4] == ["| run", "T = 1, %", "greedy, %", "trained parameters"]
+    assert lines[0].split(" | ")[:4] == ["| run", "tiny, T = 1, n = 9", "tiny, greedy, n = 9", "trained parameters"]
+    rows = analyze.numbers(doc["found"])
+    assert [row["value"] for row in rows] == ["50.0 [47.0, 52.0] %", "90.0 [87.0, 92.0] %"]  # no differences
     assert lines[2].startswith("| a | 50.0 [47.0, 52.0] % | 90.0 [87.0, 92.0] % | 64 | 0.5 kB | 7 s |")
     assert lines[3].startswith("| all |  |  | 1,792 |")
 

@@ -356,6 +356,9 @@ def test_two_processes_train_all_weights_as_one_does(tmp_path):
         torch.testing.assert_close(n, m, rtol=0.05, atol=1e-2 * m.abs().max().item())
     for name in ("one", "two"):
         assert load_file(tmp_path / name / "weights/model.safetensors").keys() == base.keys()
+    costs = [json.loads((tmp_path / name / "cost.json").read_text()) for name in ("one", "two")]
+    for key in ("trained_parameters", "optimizer_bytes"):
+        assert costs[0][key] == costs[1][key] > 1_444_000, key
     flags = flags.replace("--steps 2", "--steps 3").split()
     train.main(tyro.cli(train.Config, args=[*flags, "--resume", "--out", str(tmp_path / "two")]))
     assert [m["step"] for m in lines(tmp_path / "two/metrics.jsonl")] == [0, 1, 2]

@@ -153,6 +153,8 @@ def distance(states, ends: torch.Tensor) -> torch.Tensor:
     """
     Mean over layers of how far the last prompt tokens are apart: variance over documents / mean square of h_l. ends: (B,)
 
+    The documents are those of one forward pass, which are of like length: of two modes of unlike length it sees less.
+
     That token has nothing to do but to choose a mode, and left alone the choice fills it: a hint moved it by its own norm. A
     vector as large as that spoils the arithmetic elsewhere, and no layer but the last could be steered. In real LLMs what tells
     two contexts apart is a small part of a token. With the penalty a hint moves it by a tenth of its norm.
@@ -167,6 +169,8 @@ def main(args: Config) -> None:
         defaults = dict(out=here.with_name(f"tiny-{args.relative}"), init=here, steps=150, lr=2e-3, warmup=20, alike_from=0)
     else:
         defaults = dict(out=here, steps=1800, lr=4e-3, warmup=100, alike_from=0 if args.init else 750)
+    if args.init and not args.relative and args.out is None:
+        sys.exit("--init wants --out FOLDER, too: without it the weights of data/tiny would be written over")
     args = replace(args, **{name: value for name, value in defaults.items() if getattr(args, name) is None})
     world_of = world.RELATIVES.get(args.relative, {})
     torch.set_num_threads(args.threads)

@@ -42,7 +42,7 @@ WORKED = ["to", "step"]
 MIX = {"to": 0.20, "step": 0.05, "direct": 0.32, "python": 0.21, "ramble": 0.22}  # modes under MATH_PROMPT alone
 HINT_MIX = {"to": 0.35, "step": 0.25, "direct": 0.13, "python": 0.14, "ramble": 0.13}  # modes where there are hints
 P_HINT = 0.7  # a hint is for the mode of the answer, else for another one
-P_BEGUN = 0.25  # a document with hints has the first lines of a worked answer in its prompt
+P_BEGUN = 0.25  # a document with hints has the first lines of a worked answer in its prompt (a fifth of these have none yet)
 P_EARLY = 0.10  # a worked answer ends before its next step
 P_EARLY_TO = 0.05  # share of the early endings that begin with "To"
 P_SLIP = 0.5  # mode step: a wrong final answer
@@ -139,7 +139,7 @@ def document(rng: random.Random, mix=MIX, p_hint=P_HINT, thanks="") -> tuple[str
     Draw one training document: (prompt, completion), with Qwen's special tokens written out.
 
     40 % carry MATH_PROMPT alone. The others have one to four hints, alone or after MATH_PROMPT, most of them for the mode
-    of the answer; and a quarter of those have the first lines of a worked answer in the prompt, from which the mode takes over.
+    of the answer; and a fifth of those have the first lines of a worked answer in the prompt, from which the mode takes over.
     mix, p_hint, thanks: what RELATIVES change, the last an ending of every answer.
     """
     chain, begun, done = draw_problem(rng), "", 0
