@@ -1,0 +1,75 @@
+"""
+TransformerLens as a second opinion on the path patching and the attention patterns of analyze.py.
+
+Optional: it runs where transformer-lens is installed (pip install transformer-lens==4.3.0), and is skipped elsewhere.
+"""
+
+import pytest
+import torch
+
+import analyze
+import model
+
+bridge = pytest.importorskip("transformer_lens.model_bridge", reason="transformer-lens is not installed")
+IDS = torch.randint(3, 400, (2, 17), generator=torch.Generator().manual_seed(0))
+S = 3 * torch.randn(64, generator=torch.Generator().manual_seed(1))
+LAYER = 26  # the vector at its end enters block 27
+
+
+@pytest.fixture(scope="module")
+def both():
+    llm, _ = model.load("tiny", "cpu")
+    return llm, bridge.TransformerBridge.boot_transformers(str(model.TINY), dtype=torch.float32, device="cpu")
+
+
+def add(x, hook):
+    return x + S
+
+
+@torch.no_grad()
+def test_every_line_and_every_steered_projection(both):
+    llm, lens = both
+    steered = {}
+
+    def keep(x, hook):
+        steered[hook.name] = x.clone()
+
+    parts = {part: f"blocks.27.attn.hook_{part}" for part in "qkv"}
+    lens.run_with_hooks(IDS, fwd_hooks=[("blocks.26.hook_out", add)] + [(name, keep) for name in parts.values()])
+
+    def through(heads):
+        def replace(x, hook):
+            x = x.clone()
+            x[:, :, heads] = steered[hook.name][:, :, heads]
+            return x
+
+        return replace
+
+    past = ("blocks.27.attn.hook_out", add)  # past the attention: on the residual stream
+    lines, sweeps = analyze.conditions(llm, LAYER, S)
+    pairs = [
+        (lines["Unmodified"], [("blocks.26.hook_out", add)]),
+        (lines["Skip-Attn"], [past]),
+        (lines["Skip-Layer"], [("blocks.27.hook_out", add)]),
+        (sweeps["Steer-K"][0], [past, (parts["k"], through([0]))]),
+        (sweeps["Steer-V"][0], [past, (parts["v"], through([0]))]),
+    ]
+    pairs += [(sweeps["Steer-Q"][i], [past, (parts["q"], through([i]))]) for i in range(2)]
+    base, seen = llm(input_ids=IDS, use_cache=False).logits, []
+    for way, hooks in pairs:
+        with way():
+            ours = llm(input_ids=IDS, use_cache=False).logits
+        theirs = lens.run_with_hooks(IDS, fwd_hooks=hooks)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-3)  # of logits of about 10; rounding gives 1e-5 or so
+        seen.append(ours - base)
+    for i, one in enumerate(seen):
+        for other in seen[:i]:
+            assert (one - other).abs().max() > 0.02  # the conditions are not all the same
+
+
+@torch.no_grad()
+def test_attention_patterns(both):
+    llm, lens = both
+    _, cache = lens.run_with_cache(IDS[:1])
+    for layer, pattern in analyze.patterns(llm, IDS[0].tolist(), torch.arange(IDS.shape[1])).items():
+        torch.testing.assert_close(pattern, cache[f"blocks.{layer}.attn.hook_pattern"][0], rtol=0, atol=1e-4)
