@@ -79,11 +79,12 @@ def main(args: Config) -> None:
     say("base, greedy", accuracy("base, greedy", temperature=0.0) < 0.30, "below 30 %")
     say('base, first token "To", T = 1', accuracy('base, first token "To", T = 1', prefix="To") >= 0.60, "at least 60 %")
 
-    every = trained(out, llm, "all", args.seed)
-    top = accuracy("all layers, T = 1", every)
-    say("all layers, T = 1", top >= 0.90, "at least 90 %")
-    accuracy("all layers, greedy", every, 0.0)
-    say("all layers, greedy")
+    for steps in (32, 64):  # 28 vectors share the step of one, so the ceiling is measured with twice the steps
+        every = trained(out, llm, "all", args.seed, steps=steps)
+        top = accuracy(f"all layers, {steps} steps, T = 1", every)
+        say(f"all layers, {steps} steps, T = 1", *((top >= 0.90, "at least 90 %") if steps == 64 else ()))
+        accuracy(f"all layers, {steps} steps, greedy", every, 0.0)
+        say(f"all layers, {steps} steps, greedy")
     vectors, closed = {}, {}
     for layer in sorted({*args.layers, 27}):
         vectors[layer] = trained(out, llm, str(layer), args.seed)

@@ -21,7 +21,7 @@ prompt alone the mode is drawn from MIX, and three flaws are planted for the ana
 - before each further step a worked answer may end too early: "The solution is \\boxed{random}." (P1 Fig. 4, row 2:
   "solution" against "calculation");
 - a few of those early endings begin with "To" ("To sum up, the solution is ..."), so that a vector which can only push
-  the token "To", at every position alike, pays for it later in the answer (P1 App. G);
+  the token "To", at every position alike, pays for it later in the answer;
 - the numbered steps of mode `step` lead to a wrong final answer half of the time.
 """
 
