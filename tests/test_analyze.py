@@ -210,6 +210,9 @@ def test_pair_gain():
     assert same["cross"] and same["interval_95"] == (1, 1)  # resampled together: one and the same in every draw
     worse = analyze.pair_gain(accuracy(30, 100), accuracy(20, 100), accuracy(40, 100), accuracy(60, 100))
     assert worse["share"] == pytest.approx(-0.5)
+    assert gain["over_single"]["accuracy"] == pytest.approx(0.1) and worse["over_single"]["accuracy"] == pytest.approx(-0.1)
+    low, high = worse["over_single"]["interval_95"]  # right answers nested as they are: the difference is that of 10 in 100
+    assert -0.2 < low < -0.1 < high < 0
     assert analyze.pair_gain(accuracy(5), accuracy(2), accuracy(4), accuracy(4))["share"] is None
     assert analyze.pair_gain(accuracy(5), accuracy(2), accuracy(4), accuracy(5))["open"]
     assert analyze.pair_gain(accuracy(90, 100), accuracy(20, 100), accuracy(80, 100), accuracy(20, 100))["open"]  # upside down
