@@ -1744,14 +1744,17 @@ def table_of(rows: list[dict], columns: list | None = None) -> str:
 
 def numbers(found, name: str = "") -> list[dict]:
     """What an analysis found as rows of a table: accuracies, shares, and lists of tokens or cosines, wherever they are."""
-    if isinstance(found, dict) and "accuracy" in found:
+    if isinstance(found, dict) and isinstance(found.get("accuracy"), (int, float)):
         return [{"what": name, "value": percent(found, "" if {"correct", "of"} & found.keys() else "+")}]
+    if isinstance(found, dict) and isinstance(found.get("value"), (int, float)):  # of patch, whose heads are in its figure
+        return [{"what": name, "value": percent_of(found)}]
     if isinstance(found, dict) and isinstance(found.get("share"), float):
         return [{"what": name, "value": f"{found['share']:.2f} {span(found)}" + (" (not to be judged)" if found["open"] else "")}]
     if isinstance(found, dict):
         return [
             row
             for key, part in found.items()
+            if key != "heads"
             for row in numbers(part, ", ".join(filter(None, [name, "" if key in BOXES else str(key)])))
         ]
     if isinstance(found, list) and found and all(isinstance(x, list) and len(x) == 3 and isinstance(x[0], str) for x in found):

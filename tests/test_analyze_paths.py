@@ -369,6 +369,16 @@ def test_patch_and_its_figure(tokenizer, tmp_path, monkeypatch):
         assert (tmp_path / f"{name}.png").stat().st_size > 10_000
 
 
+def test_the_report_lists_what_patch_found():
+    """Its accuracies are under "accuracy", by condition, where other analyses have a number."""
+    share = {"value": 0.5, "interval_95": [0.4, 0.6]}
+    rows = analyze.numbers({"lines": {"Skip-Attn": share}, "heads": {"Steer-Q": [share]}, "accuracy": {"base": share}})
+    assert [(row["what"], row["value"]) for row in rows] == [
+        ("lines, Skip-Attn", "50.0 % [40.0, 60.0]"),
+        ("accuracy, base", "50.0 % [40.0, 60.0]"),
+    ]
+
+
 def test_accuracies_are_sampled_under_their_condition(qwen2, tokenizer, monkeypatch):
     """Right answers appear where the vector is in force: a stand-in for sampling that answers right if the model is steered."""
     ways = {"Skip-Layer": analyze.conditions(qwen2, 0, vector())[0]["Skip-Layer"], "base": lambda: model.steer(qwen2, {})}
