@@ -1665,6 +1665,7 @@ def bars(ax, x, rows: list[dict], width: float, colour, label: str | None) -> No
     acc, low, high = points(rows)
     error = [[a - b for a, b in zip(acc, low)], [b - a for a, b in zip(acc, high)]]
     ax.bar(x, acc, width, yerr=error, capsize=2, color=colour, label=label, error_kw={"linewidth": 1})
+    ax.margins(y=0.12)  # room for the numbers
     for at, a, top in zip(x, acc, high):
         ax.text(at, top, f"{a:.1f}", ha="center", va="bottom", fontsize=7)
 
@@ -1785,7 +1786,7 @@ def report(folder: Path) -> Path:
             body += f'<img src="data:image/png;base64,{data}" alt="{html.escape(doc["reading"])}">\n'
         if path.with_suffix(".html").is_file():
             body += f"<p>The answers token by token: <code>{html.escape(str(path.with_suffix('.html')))}</code></p>\n"
-        body += f"<p><small>{html.escape(about(doc))} <code>{html.escape(doc['command'])}</code></small></p>\n"
+        body += f"<p><small>{html.escape(about(doc))}: <code>{html.escape(doc['command'])}</code></small></p>\n"
         if doc["name"] != "case" and (ours := numbers(doc["found"])):
             body += f"<details><summary>the numbers</summary>{table_of(ours)}</details>\n"
         for entry in (paper[key] for key in PAPERS.get(doc["name"], [])):
@@ -1837,7 +1838,7 @@ def read_config(folder: str) -> dict:
 
 
 def label_of(config: dict) -> str:
-    """What the config says about a run's vectors: "27", "25, after attention", "14, orthogonal to out/a"."""
+    """What the config says about a run's vectors: "27", "26, attention", "14, orthogonal to 2"."""
     label = str(config.get("layer", "?"))
     if config.get("site") not in (None, "end"):
         label += f", {config['site']}"
@@ -1845,7 +1846,7 @@ def label_of(config: dict) -> str:
         label += f", LoRA of rank {config['rank']}"
     if config.get("orthogonal_to"):
         others = config["orthogonal_to"]
-        label += ", orthogonal to " + (others if isinstance(others, str) else " and ".join(map(str, others)))
+        label += f", orthogonal to {1 if isinstance(others, str) else len(others)}"  # earlier vectors
     return label
 
 
