@@ -48,7 +48,7 @@ def test_shift_is_at_the_first_token_and_nowhere_else_of_that_size(run):
 
 
 def test_forcing_that_token_recovers_most_of_the_gain(run):
-    """In the paper about three quarters of it (P4 Sec. 3); here more, because the first token fixes the mode."""
+    """In the paper about three quarters of it (P4 Sec. 5, T = 1); here more, because the first token fixes the mode."""
     rows = found("prefix", run(27), n=100)["by_decoding"]["T = 1"]
     gain, token = (rows[name]["accuracy"] - rows["base"]["accuracy"] for name in ("vector", 'base + "To"'))
     assert gain > 0.4 and 0.6 < token / gain < 1.3

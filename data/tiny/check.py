@@ -2,7 +2,7 @@
 Measure whether the embedded model behaves like the paper's base models, and print each figure beside what is wanted.
 
 $ python data/tiny/check.py                      # everything; results are kept
-$ python data/tiny/check.py --layers 4 16        # fewer single layers, 2 to 4 minutes each
+$ python data/tiny/check.py --layers 4 16        # fewer single layers, 2 to 6 minutes each
 
 Trains vectors with the settings of `python train.py` into out/check-CHECKSUM/ (a finished run is not repeated, an
 interrupted one goes on) and writes check.json and check.md there. Accuracies are on held-out problems,

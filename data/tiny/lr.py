@@ -1,7 +1,7 @@
 """
 How accuracy depends on the relative learning rate of train.py, for an early, a middle and the last layer: lr.json, lr.png.
 
-$ python data/tiny/lr.py                         # trains what out/check-CHECKSUM lacks, 2 to 4 minutes for each vector
+$ python data/tiny/lr.py                         # trains what out/check-CHECKSUM lacks, 2 to 6 minutes for each vector
 """
 
 import json

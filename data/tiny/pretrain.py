@@ -1,8 +1,8 @@
 """
 Pre-train the embedded model: a 28-layer Qwen2 of 1.4 million parameters on the documents of world.py.
 
-$ python data/tiny/pretrain.py                                  # an interrupted run goes on where it stopped
-$ python data/tiny/pretrain.py --steps 50 --out out/tiny-try    # a quick look
+$ python data/tiny/pretrain.py --out out/tiny-new               # from scratch; an interrupted run goes on where it stopped
+$ python data/tiny/pretrain.py --steps 50 --out out/tiny-try    # a quick look; without --out it REPLACES the shipped weights
 $ python data/tiny/pretrain.py --relative math                  # data/tiny-math: the shipped weights, 150 steps on
 $ python data/tiny/pretrain.py --relative instruct              # data/tiny-instruct
 
