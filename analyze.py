@@ -36,7 +36,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -59,7 +59,9 @@ Name = Literal[
     "lens", "shift", "prefix", "case", "ablate", "sweep", "persistence", "similarity", "compose", "sites", "orthogonal",
     "transfer", "scale", "cost", "patch", "attention", "report",
 ]  # fmt: skip
-FREE = ("name", "runs", "out", "draw", "device", "rows")  # settings that change no number, or are kept in another form
+FREE = ("name", "runs", "out", "draw", "device", "rows", "sampler", "vllm_memory", "tensor_parallel")  # settings that change no
+# number, or are kept in another form
+HF_ONLY = ("transfer", "patch", "attention")  # several models, or hooks inside a block: the Hugging Face model samples
 ONE_RUN = ("shift", "prefix", "case", "ablate", "scale", "attention")
 
 
@@ -82,6 +84,9 @@ class Config:
     cases: int = 4                         # case: answers shown
     max_tokens: int | None = None          # longest answer in tokens; default as in the run
     rows: int = 512                        # answers sampled at once; lower it when memory is short
+    sampler: Literal["auto", "hf", "vllm"] = "auto"  # auto: vllm where it is installed beside a CUDA device; hf where it must be
+    vllm_memory: float = 0.45              # share of the GPU's memory for vLLM, beside the Hugging Face model
+    tensor_parallel: int = 1               # GPUs that the vLLM engine is spread over
     out: str | None = None                 # folder of figure and JSON; default RUN/figures, with several runs out/figures
     draw: bool = False                     # only draw the figure again from its JSON; loads no model
     device: str = "auto"                   # cpu, cuda, ...
@@ -108,6 +113,7 @@ class Lab(NamedTuple):
     how: dict  # more of model.rollouts: template, system, context, max_tokens
     state: dict  # what every number depends on: checksums of weights and problems, dtype, n, seed, how
     folder: Path  # of the figure
+    engine: object = lambda: None  # a function that gives the vLLM engine, started when it is first needed; None: sample with llm
 
 
 def checksum(data: bytes) -> str:
@@ -148,7 +154,7 @@ def answers(lab: Lab, vectors: dict, temperature: float, bar: str, prefix: str =
     def compute():
         rolled = model.rollouts(
             lab.llm, lab.tokenizer, vectors, [row["problem"] for row in lab.rows], k, temperature=temperature,
-            seed=lab.args.seed, prefix=prefix, max_rows=lab.args.rows, bar=bar, **lab.how,
+            seed=lab.args.seed, prefix=prefix, max_rows=lab.args.rows, engine=lab.engine(), bar=bar, **lab.how,
         )  # fmt: skip
         flat = grade(rolled.texts, [row["answer"] for row in lab.rows for _ in range(k)])
         return [[int(x) for x in flat[i : i + k]] for i in range(0, len(flat), k)]
@@ -201,7 +207,7 @@ def rolled_out(lab: Lab, vectors: dict, label: str) -> list[list]:
     def compute():
         rolled = model.rollouts(
             lab.llm, lab.tokenizer, vectors, [row["problem"] for row in lab.rows], 1, temperature=lab.args.temperature,
-            seed=lab.args.seed, max_rows=lab.args.rows, bar=f"answers, {label}", **lab.how,
+            seed=lab.args.seed, max_rows=lab.args.rows, engine=lab.engine(), bar=f"answers, {label}", **lab.how,
         )  # fmt: skip
         return [rolled.prompts, rolled.completions, rolled.ended]
 
@@ -1870,8 +1876,27 @@ def open_lab(args: Config, folder: Path, name: str, config: dict, rows: list[dic
     return Lab(args, name, llm, tokenizer, [], rows, how, state, folder)
 
 
+def with_engine(lab: Lab) -> Lab:
+    """The lab with a function that starts the vLLM engine, if that is to sample: once, and only if something is not kept yet."""
+    vectors = {}
+    for run in lab.runs:
+        for place, s in run.vectors.items():  # the LoRA of the highest rank says how much room the engine needs
+            if place not in vectors or s.numel() > vectors[place].numel():
+                vectors[place] = s
+    if model.choose_sampler(lab.args.sampler, lab.llm, vectors) == "hf":
+        return lab
+    asked = [model.prompt_ids(lab.tokenizer, row["problem"], lab.how["system"], lab.how["template"]) for row in lab.rows[:8]]
+    start = cache(partial(
+        model.open_engine, "vllm", lab.model, lab.llm, asked, lab.how["context"], lab.args.vllm_memory,
+        lab.args.tensor_parallel, lab.args.rows, vectors,
+    ))  # fmt: skip
+    return lab._replace(engine=start, state=lab.state | {"sampler": "vllm"})  # it draws other random numbers
+
+
 def check(args: Config) -> None:
     """Exit with one line for settings that cannot work."""
+    if args.sampler == "vllm" and args.name in HF_ONLY:
+        sys.exit(f"--sampler vllm: {args.name} samples with the Hugging Face model, for it opens several, or hooks into a block")
     for name in ("n", "samples", "top", "cases", "rows", "max_tokens"):
         if (value := getattr(args, name)) is not None and value < 1:
             sys.exit(f"--{name.replace('_', '-')} wants at least 1, got {value}")
@@ -1914,10 +1939,6 @@ def measured(args: Config, folder: Path, old: dict | None) -> dict:
         lab.state.update(model=", ".join(args.recipients), n=len(rows), seed=args.seed)
     else:
         lab = open_lab(args, folder, first["model"], first, rows)
-    settings = flags | lab.state | {"runs": {run: checksum(file.read_bytes()) for run, file in files.items()}}
-    settings = json.loads(json.dumps(settings))
-    if old and old["settings"] == settings and args.name != "transfer":
-        return old
     runs = []
     for run, file in files.items():
         vectors = {} if args.name == "transfer" else model.load_vectors(file, lab.llm, lab.model)[0]
@@ -1927,7 +1948,13 @@ def measured(args: Config, folder: Path, old: dict | None) -> dict:
         in_order = sorted(vectors, key=lambda key: (key,) if isinstance(key, int) else key)  # a key may be (layer, site)
         vectors = {key: vectors[key] for key in in_order}
         runs.append(Run(Path(run), configs[run], vectors, label_of(configs[run])))
-    found = json.loads(json.dumps(compute(lab._replace(runs=runs))))
+    lab = lab._replace(runs=runs)
+    lab = lab if args.name in HF_ONLY else with_engine(lab)
+    settings = flags | lab.state | {"runs": {run: checksum(file.read_bytes()) for run, file in files.items()}}
+    settings = json.loads(json.dumps(settings))
+    if old and old["settings"] == settings and args.name != "transfer":
+        return old
+    found = json.loads(json.dumps(compute(lab)))
     return doc | {"settings": settings, "reading": found["reading"], "found": found}
 
 

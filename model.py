@@ -740,6 +740,17 @@ class VLLM:
         return found
 
 
+def choose_sampler(sampler: str, llm, vectors: dict) -> str:
+    """What samples, "hf" or "vllm" (sampler: see `open_engine`); exits with a line where vLLM cannot hold the vectors."""
+    norms = [place for place in vectors if isinstance(place, tuple) and place[1].endswith("norm")]
+    if sampler == "auto":
+        able = llm.device.type == "cuda" and find_spec("vllm") and llm.config.architectures[0] in VLLM_MODELS and not norms
+        return "vllm" if able else "hf"
+    if sampler == "vllm" and norms:
+        sys.exit(f"--sampler vllm: a vector after a norm ({name_of(norms[0])}) is no bias of vLLM's layers; use --sampler hf")
+    return sampler
+
+
 def open_engine(
     sampler: str, name: str, llm, prompts: list[list[int]], context: int, memory=0.45, tensor_parallel=1, max_rows=512,
     vectors: dict | None = None,
@@ -750,14 +761,8 @@ def open_engine(
     sampler: "hf", "vllm", or "auto" (vLLM where it is installed, the model on a CUDA device and of a kind it can steer).
     vectors: what it will be given, for their places and shapes.
     """
-    norms = [place for place in vectors or {} if isinstance(place, tuple) and place[1].endswith("norm")]
-    if sampler == "auto":
-        able = llm.device.type == "cuda" and find_spec("vllm") and llm.config.architectures[0] in VLLM_MODELS and not norms
-        sampler = "vllm" if able else "hf"
-    if sampler == "hf":
+    if choose_sampler(sampler, llm, vectors or {}) == "hf":
         return None
-    if norms:
-        sys.exit(f"--sampler vllm: a vector after a norm ({name_of(norms[0])}) is no bias of vLLM's layers; use --sampler hf")
     ranks = {s.shape[0] for place, s in (vectors or {}).items() if name_of(place).endswith("lora_A")}
     engine = VLLM(name, llm, context, memory, tensor_parallel, max_rows, lora_rank=max(ranks, default=0))
     found = engine.self_test(llm, [p for p in prompts if len(p) + 32 < context])

@@ -456,6 +456,7 @@ def test_cost_shows_what_was_measured(runs, tmp_path):
 
 
 ERRORS = {
+    "vLLM under hooks": (("patch", "a"), {"sampler": "vllm"}, "hooks into a block"),
     "no run given": (("lens",), {}, "wants run folders"),
     "no such run": (("lens", "nowhere"), {}, "no run in nowhere"),
     "two runs": (("shift", "a", "b"), {}, "shift wants one run, got 2"),

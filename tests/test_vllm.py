@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 
 pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
 
+import analyze  # noqa: E402
 import evaluate  # noqa: E402
 import model  # noqa: E402
 import train  # noqa: E402
@@ -226,6 +227,22 @@ def test_evaluate_through_the_engine(one_engine, tmp_path, monkeypatch):
         )
         tables[sampler] = evaluate.main(config)[0.0]["tiny"]["base"]
     assert tables["vllm"]["correct"] == tables["hf"]["correct"]
+
+
+def test_analyses_through_the_engine(one_engine, tiny, tmp_path):
+    """The same greedy answers of the steered model, by either sampler; what one has measured is not taken for the other's."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text(json.dumps({"model": "tiny", "layer": "3,20,27", "max_tokens": 40, "context": 512}))
+    model.save_vectors(run / "vectors.safetensors", large(0), tiny[0], "tiny", 0)
+    found = {}
+    for sampler in ("hf", "vllm"):
+        config = analyze.Config("case", (str(run),), cases=8, temperature=0.0, sampler=sampler, device="cpu")
+        doc = analyze.main(config)
+        found[sampler] = [[token["text"] for token in answer["tokens"]] for answer in doc["found"]["answers"]]
+        assert doc["settings"].get("sampler", "hf") == sampler
+    assert found["hf"] == found["vllm"] and len(found["hf"]) == 8
+    assert len(list((run / "figures/parts").iterdir())) == 2
 
 
 def test_auto_takes_the_model_itself_on_a_cpu(tiny, rows):
