@@ -1,7 +1,7 @@
 """
 What analyze.py says about the embedded model, against what data/tiny/world.py planted there.
 
-Slow: trains two vectors with the defaults, about 5 minutes on 2 cores. python -m pytest -m slow tests/test_truths.py
+Slow: trains two vectors with the defaults, 5 to 9 minutes on 2 cores. python -m pytest -m slow tests/test_truths.py
 """
 
 import json
