@@ -49,7 +49,7 @@ from torch.nn.functional import normalize
 from tqdm import tqdm
 
 import model
-from rewards import bootstrap, grade, interval, percentiles
+from rewards import bootstrap, grade, percentiles
 
 matplotlib.use("Agg")  # a window system is not needed for a PNG
 import matplotlib.pyplot as plt  # noqa: E402
@@ -160,12 +160,13 @@ def answers(lab: Lab, vectors: dict, temperature: float, bar: str, prefix: str =
         return [[int(x) for x in flat[i : i + k]] for i in range(0, len(flat), k)]
 
     asked = {"what": "answers", "vectors": identity(vectors), "temperature": temperature, "prefix": prefix, "samples": k}
-    correct = kept(lab, asked, compute)
-    return {
-        "accuracy": statistics.mean(map(statistics.mean, correct)),
-        "interval_95": percentiles(draws_of(correct)),
-        "correct": correct,
-    }
+    return accuracy_of(kept(lab, asked, compute))
+
+
+def accuracy_of(correct: list) -> dict:
+    """The accuracy of answers, [problem][sample], with its interval over problems."""
+    found = {"accuracy": statistics.mean(map(statistics.mean, correct)), "interval_95": percentiles(draws_of(correct))}
+    return found | {"correct": correct}
 
 
 def draws_of(correct: list) -> np.ndarray:
@@ -1136,8 +1137,7 @@ def conditions(llm, layer: int, s: torch.Tensor, through_norm=True) -> tuple[dic
 def answer_states(llm, prompts: list[list[int]], completions: list[list[int]]) -> torch.Tensor:
     """The states, after the final norm, that predict the completions' tokens, row by row: (completion tokens, D)."""
     rows = [p + c for p, c in zip(prompts, completions, strict=True)]
-    T = max(map(len, rows))  # right-padded: a causal model never looks ahead
-    ids = torch.tensor([row + [0] * (T - len(row)) for row in rows], device=llm.device)
+    ids, _ = padded(rows, llm.device)
     h = llm.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, D)
     return torch.cat([x[len(p) - 1 : len(p) + len(c) - 1] for x, p, c in zip(h, prompts, completions)])
 
@@ -1205,13 +1205,8 @@ def accuracies(llm, tokenizer, ways: dict, rows: list[dict], k=1, **how) -> dict
             texts = model.rollouts(llm, tokenizer, {}, [row["problem"] for row in rows], k, **how).texts
         flat = grade(texts, [row["answer"] for row in rows for _ in range(k)])
         right[name] = [flat[i : i + k] for i in range(0, len(flat), k)]  # [problem][answer]
-    gains = {name: [[sum(x) / k - sum(y) / k] for x, y in zip(right[name], right["base"])] for name in ways}
-    return {name: mean_95(x) | {"over_base": mean_95(gains[name]), "correct": x} for name, x in right.items()}
-
-
-def mean_95(x: list[list[float]]) -> dict:
-    """The mean of [problem][answer] and its 95 % interval over problems; every problem has equally many answers."""
-    return {"value": sum(map(sum, x)) / sum(map(len, x)), "interval_95": interval(x)}
+    found = {name: accuracy_of(x) for name, x in right.items()}
+    return {name: one | {"over_base": minus(one, found["base"])} for name, one in found.items()}
 
 
 def percent_of(found: dict) -> str:
@@ -1289,7 +1284,7 @@ def path_patching(
         f"{percent_of(row('Skip-Layer'))}; the head that adds most to Skip-Attn is {best} with "
         f"{percent_of(row(best)['over_skip_attn'])}, and "
         f"{sum(x < 0.05 for x in p.values())} of {len(p)} differ from it (adjusted p < 0.05). Accuracy: "
-        + ", ".join(f"{name} {percent_of(numbers['accuracy'][name])}" for name in main)
+        + ", ".join(f"{name} {percent(numbers['accuracy'][name])}" for name in main)
         + "."
     )
     return numbers
@@ -1336,15 +1331,16 @@ def draw_patch(numbers: dict, path: Path) -> None:
     top.set_ylabel("recovery (%)")
     top.set_title(f"Through which part of block {settings['block']} does the vector of layer {settings['layer']} act?", pad=22)
     if len(accuracy) > len(lines):
-        by_head = {sweep: [accuracy[f"{sweep} {i}"] for i in range(len(heads))] for sweep, heads in sweeps.items()}
-        draw_heads(bottom, by_head, {name: accuracy[name] for name in lines})
+        shown = {name: found | {"value": found["accuracy"]} for name, found in accuracy.items()}
+        by_head = {sweep: [shown[f"{sweep} {i}"] for i in range(len(heads))] for sweep, heads in sweeps.items()}
+        draw_heads(bottom, by_head, {name: shown[name] for name in lines})
         bottom.set_ylabel("accuracy (%)")
     else:
         for y, (name, found) in enumerate(accuracy.items()):
             low, high = found["interval_95"]
-            bars = [[100 * (found["value"] - low)], [100 * (high - found["value"])]]
-            bottom.errorbar(100 * found["value"], y, xerr=bars, fmt="o", color=COLOURS.get(name, "tab:brown"), capsize=3)
-        bottom.axvline(100 * accuracy["base"]["value"], color="grey", linestyle="--", lw=1.2, zorder=0)
+            bars = [[100 * (found["accuracy"] - low)], [100 * (high - found["accuracy"])]]
+            bottom.errorbar(100 * found["accuracy"], y, xerr=bars, fmt="o", color=COLOURS.get(name, "tab:brown"), capsize=3)
+        bottom.axvline(100 * accuracy["base"]["accuracy"], color="grey", linestyle="--", lw=1.2, zorder=0)
         bottom.set(yticks=range(len(accuracy)), yticklabels=accuracy, xlim=(0, 100), xlabel="accuracy (%)")
         bottom.invert_yaxis()
     fig.supxlabel(
@@ -1447,15 +1443,15 @@ def attention_kl(
         },
         "controls": {"largest_below": found["steered"][:, :above].abs().max().item()},  # 0
         "heads": {name: x.mean(0).tolist() for name, x in found.items()},  # [layer][head]
-        "layers": {name: [mean_95(x[:, layer].tolist()) for layer in range(x.shape[1])] for name, x in found.items()},
-        "above": {name: mean_95(x[:, above:].flatten(1).tolist()) for name, x in found.items()} if above < len(base) else None,
+        "layers": {name: [mean_of(x[:, layer].tolist()) for layer in range(x.shape[1])] for name, x in found.items()},
+        "above": {name: mean_of(x[:, above:].flatten(1).tolist()) for name, x in found.items()} if above < len(base) else None,
     }  # fmt: skip
     if numbers["above"] is None:
         numbers["reading"] = f"The vector is at the last layer, {above - 1}: no attention comes after it, so none can change."
         return numbers
     by_head = found["steered"].mean(0)
     layer, head = divmod(by_head.argmax().item(), by_head.shape[1])
-    text = {n: f"{x['value']:.2g} [{x['interval_95'][0]:.2g}, {x['interval_95'][1]:.2g}]" for n, x in numbers["above"].items()}
+    text = {name: f"{x['mean']:.2g} {span(x)}" for name, x in numbers["above"].items()}
     numbers["reading"] = (
         f"Above layer {above - 1} the vector changes attention by {text['steered']} nats a query (mean over layers and heads, "
         f"n = {len(rows)} answers, 95 % intervals), a random vector of equal norm by {text['random']}, rounding "
@@ -1480,10 +1476,10 @@ def draw_attention(numbers: dict, path: Path) -> None:
         ("random", "tab:brown", "random vector of equal norm"),
         ("floor", "grey", f"floor: base model, {numbers['settings']['floor']}"),
     ):
-        by_layer = [(layer, x) for layer, x in enumerate(numbers["layers"][name]) if x["value"] > 0]
+        by_layer = [(layer, x) for layer, x in enumerate(numbers["layers"][name]) if x["mean"] > 0]
         if by_layer:
             x = [layer for layer, _ in by_layer]
-            bottom.plot(x, [m["value"] for _, m in by_layer], ".-", color=colour, label=label)
+            bottom.plot(x, [m["mean"] for _, m in by_layer], ".-", color=colour, label=label)
             bottom.fill_between(x, *zip(*(m["interval_95"] for _, m in by_layer)), color=colour, alpha=0.2, lw=0)
     bottom.set(
         yscale="log", ylabel="mean over heads (nats)", xlim=(-0.5, len(values[0]) - 0.5),
@@ -1753,7 +1749,7 @@ def numbers(found, name: str = "") -> list[dict]:
     """What an analysis found as rows of a table: accuracies, shares, and lists of tokens or cosines, wherever they are."""
     if isinstance(found, dict) and isinstance(found.get("accuracy"), (int, float)):
         return [{"what": name, "value": percent(found, "" if {"correct", "of"} & found.keys() else "+")}]
-    if isinstance(found, dict) and isinstance(found.get("value"), (int, float)):  # of patch, whose heads are in its figure
+    if isinstance(found, dict) and isinstance(found.get("value"), (int, float)):  # a recovery; those of heads are in the figure
         return [{"what": name, "value": percent_of(found)}]
     if isinstance(found, dict) and isinstance(found.get("share"), float):
         return [{"what": name, "value": f"{found['share']:.2f} {span(found)}" + (" (not to be judged)" if found["open"] else "")}]

@@ -230,6 +230,8 @@ def test_random_like():
     s = vector(0)
     noise = analyze.random_like(s, 0, 3)
     assert noise.norm().item() == pytest.approx(s.norm().item()) and torch.equal(noise, analyze.random_like(s, 0, 3))
+    long = torch.linspace(-5, 9, 64)
+    assert all(abs(cosine_similarity(analyze.random_like(long, seed, 9), long, dim=0)) < 0.6 for seed in range(3))
     assert not torch.equal(noise, analyze.random_like(s, 1, 3)) and not torch.equal(noise, analyze.random_like(s, 0, 4))
 
 

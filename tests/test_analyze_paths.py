@@ -371,11 +371,11 @@ def test_patch_and_its_figure(tokenizer, tmp_path, monkeypatch):
 
 def test_the_report_lists_what_patch_found():
     """Its accuracies are under "accuracy", by condition, where other analyses have a number."""
-    share = {"value": 0.5, "interval_95": [0.4, 0.6]}
-    rows = analyze.numbers({"lines": {"Skip-Attn": share}, "heads": {"Steer-Q": [share]}, "accuracy": {"base": share}})
+    share, right = {"value": 0.5, "interval_95": [0.4, 0.6]}, {"accuracy": 0.5, "interval_95": [0.4, 0.6], "correct": [[1], [0]]}
+    rows = analyze.numbers({"lines": {"Skip-Attn": share}, "heads": {"Steer-Q": [share]}, "accuracy": {"base": right}})
     assert [(row["what"], row["value"]) for row in rows] == [
         ("lines, Skip-Attn", "50.0 % [40.0, 60.0]"),
-        ("accuracy, base", "50.0 % [40.0, 60.0]"),
+        ("accuracy, base", "50.0 [40.0, 60.0] %"),
     ]
 
 
@@ -391,9 +391,9 @@ def test_accuracies_are_sampled_under_their_condition(qwen2, tokenizer, monkeypa
 
     monkeypatch.setattr(model, "rollouts", rollouts)
     found = analyze.accuracies(qwen2, tokenizer, ways, ROWS, 2, seed=5)
-    assert found["base"]["value"] == 0 and found["base"]["over_base"]["value"] == 0
+    assert found["base"]["accuracy"] == 0 and found["base"]["over_base"]["accuracy"] == 0
     assert found["Skip-Layer"]["correct"] == [[1.0, 0.0]] * 4
-    assert found["Skip-Layer"]["over_base"] == {"value": 0.5, "interval_95": (0.5, 0.5)}
+    assert found["Skip-Layer"]["over_base"] == {"accuracy": 0.5, "interval_95": (0.5, 0.5)}
 
 
 def test_attention_and_its_figure(tokenizer, tmp_path):
@@ -405,8 +405,8 @@ def test_attention_and_its_figure(tokenizer, tmp_path):
     assert heads["steered"].shape == (3, 4) and heads["floor"].min() > 0
     assert heads["steered"][1:].min() > 10 * heads["floor"].max()
     for name, x in numbers["layers"].items():
-        assert [m["value"] for m in x] == pytest.approx(heads[name].mean(1).tolist())
-    assert numbers["above"]["steered"]["value"] == pytest.approx(heads["steered"][1:].mean().item())
+        assert [m["mean"] for m in x] == pytest.approx(heads[name].mean(1).tolist())
+    assert numbers["above"]["steered"]["mean"] == pytest.approx(heads["steered"][1:].mean().item())
     analyze.draw_attention(numbers, tmp_path / "attention.png")
     assert (tmp_path / "attention.png").stat().st_size > 10_000
     last = analyze.attention_kl(llm, tokenizer, {2: vector()}, ROWS[:1], max_tokens=3)

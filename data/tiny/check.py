@@ -11,7 +11,6 @@ which no document ever showed.
 
 import json
 import sys
-import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,6 +19,7 @@ import tyro
 import world
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
+import analyze  # noqa: E402
 import evaluate  # noqa: E402
 import model  # noqa: E402
 import train  # noqa: E402
@@ -43,17 +43,9 @@ def trained(out: Path, llm, layer: str, seed: int, **changes) -> dict[int, torch
     return model.load_vectors(run / "vectors.safetensors", llm, "tiny")[0]
 
 
-def random_like(vectors: dict[int, torch.Tensor], seed: int) -> dict[int, torch.Tensor]:
-    """Random directions with the norms of given vectors."""
-    draw = torch.Generator().manual_seed(seed)
-    noise = {layer: torch.randn(s.shape, generator=draw).to(s.device) for layer, s in vectors.items()}
-    return {layer: noise[layer] * s.norm() / noise[layer].norm() for layer, s in vectors.items()}
-
-
 def main(args: Config) -> None:
     llm, tokenizer = model.load("tiny")
-    weights = (model.TINY / "model.safetensors").read_bytes()
-    out = args.out or Path(f"out/check-{zlib.crc32(weights):08x}")  # vectors of other weights are no use here
+    out = args.out or Path(f"out/check-{model.fingerprint(llm)}")  # vectors of other weights are no use here
     out.mkdir(parents=True, exist_ok=True)
     rows = model.read_problems(model.TINY / "test.jsonl")[: args.problems]
     report, table = {}, ["| what | measured | 95 % interval | wanted | met |", "|---|---|---|---|---|"]
@@ -107,7 +99,8 @@ def main(args: Config) -> None:
     table.append(f'| layer 27, logit lens | {words} | | "To" on top | {"yes" if lens[0][0] == "To" else "NO"} |')
 
     for layer in sorted({27, best}):
-        controls = {f"random vector {seed} at layer {layer}": random_like(vectors[layer], seed) for seed in range(3)}
+        s = vectors[layer][layer]
+        controls = {f"random vector {seed} at layer {layer}": {layer: analyze.random_like(s, seed, layer)} for seed in range(3)}
         controls[f"layer {layer} trained on random rewards"] = trained(out, llm, str(layer), args.seed, reward="random")
         for name, control in controls.items():
             gain = accuracy(f"{name}, T = 1", control) - base

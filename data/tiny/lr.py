@@ -6,7 +6,6 @@ $ python data/tiny/lr.py                         # trains what out/check-CHECKSU
 
 import json
 import sys
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,7 +49,7 @@ def draw(found: list[dict], path: Path) -> None:
 
 def main(args: Config) -> None:
     llm, tokenizer = model.load("tiny", device="cpu")
-    out = Path(f"out/check-{zlib.crc32((model.TINY / 'model.safetensors').read_bytes()):08x}")
+    out = Path(f"out/check-{model.fingerprint(llm)}")  # the folder of check.py
     rows = model.read_problems(model.TINY / "test.jsonl")[: args.problems]
     found = []
     for layer in args.layers:
