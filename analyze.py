@@ -77,7 +77,7 @@ class Config:
     data: str | None = None                # jsonl of {problem, answer}; default: the run's held-out problems
     token: str | None = None               # prefix: the first token; default: the top token of lens
     recipients: tuple[str, ...] = ()       # transfer: models that get the runs' vectors
-    controls: bool = False                 # sweep, prefix: random vectors of equal norm, and vectors moved to another layer
+    controls: bool = False                 # sweep, prefix: random vectors of equal norm, vectors elsewhere; compose: halved pairs
     through_norm: bool = True              # patch: heads see LN(X + s), as the authors' code; else LN(X) + s, the papers' formula
     sample_heads: bool = False             # patch: measure accuracy for every head, too, as the papers' Fig. 5
     top: int = 10                          # lens: tokens listed
@@ -430,10 +430,10 @@ def plot_lens(doc: dict, path: Path) -> None:
         columns = min(6, *(len(table["cosine"]) for table in found.values()))
         grid = [[cosine for _, _, cosine in table["cosine"][:columns]] for table in found.values()]
         texts = [[plain(quoted(token)) for token, _, _ in table["cosine"][:columns]] for table in found.values()]
-        size = (8, 1.5 + 0.27 * len(found))
-        fig, ax = heat(grid, list(found), range(1, columns + 1), size, 0, max(map(max, grid)), texts, every=1)
+        fig, ax = plt.subplots(figsize=(8, 1.5 + 0.27 * len(found)), constrained_layout=True)
+        bar = heat(ax, grid, list(found), range(1, columns + 1), 0, max(map(max, grid)), texts, every=1)
+        bar.set_label(f"cosine with the unembedding row\n({random})", fontsize=8)
         ax.set(xlabel="rank by cosine", ylabel="layer of the vector (0-based)", title="Which tokens do the vectors point at?")
-        ax.figure.axes[1].set_ylabel(f"cosine with the unembedding row\n({random})", fontsize=8)
     finish(fig, doc, path, "raw unembedding rows, no final norm; to read is not to steer")
 
 
@@ -705,9 +705,10 @@ def similarity(lab: Lab) -> dict:
 def plot_similarity(doc: dict, path: Path) -> None:
     found = doc["found"]
     low = min(map(min, found["cosine"]))
-    fig, ax = heat(found["cosine"], found["layers"], found["layers"], (5.6, 4.6), -1 if low < 0 else 0, 1)
+    fig, ax = plt.subplots(figsize=(5.6, 4.6), constrained_layout=True)
+    bar = heat(ax, found["cosine"], found["layers"], found["layers"], -1 if low < 0 else 0, 1)
+    bar.set_label("cosine of mean shifts at the last block's output")
     ax.set(xlabel="layer of the vector (0-based)", ylabel="layer of the vector", title="Do shifts from all layers end up alike?")
-    fig.axes[1].set_ylabel("cosine of mean shifts at the last block's output")
     finish(fig, doc, path, f"smallest cosine {low:.2f}")
 
 
@@ -902,6 +903,8 @@ def compose(lab: Lab) -> dict:
     Pairs of vectors that were trained alone, added together (P1 Sec. 5, Fig. 5, Table 2):
 
     norm(s_i, s_j) = (Acc(s_i, s_j) - max(Acc(s_i), Acc(s_j))) / (Acc(all layers) - max(Acc(s_i), Acc(s_j))).
+
+    With --controls every pair again with half of each vector: two shifts that are alike add up to one that is too large.
     """
     runs, whole = singles_and_all(lab)
     if whole is None or len(runs) < 2:
@@ -909,18 +912,35 @@ def compose(lab: Lab) -> dict:
     pairs = {f"{i}+{j}": (i, j) for i in runs for j in runs if i < j}
     conditions = {"all": whole.vectors, "base": {}} | {str(l): run.vectors for l, run in runs.items()}
     conditions |= {name: runs[i].vectors | runs[j].vectors for name, (i, j) in pairs.items()}
+    if lab.args.controls:
+        conditions |= {f"half of {name}": {key: s / 2 for key, s in conditions[name].items()} for name in pairs}
     bar = tqdm(conditions.items(), desc="compose")
     found = {name: answers(lab, given, lab.args.temperature, f"layers {name}") for name, given in bar}
-    gains = {name: pair_gain(found[name], found[str(i)], found[str(j)], found["all"]) for name, (i, j) in pairs.items()}
+
+    def gains_of(kind):
+        return {
+            name: pair_gain(found[kind + name], found[str(i)], found[str(j)], found["all"]) for name, (i, j) in pairs.items()
+        }
+
+    def worse(gains):
+        return sum(gain["over_single"]["interval_95"][1] < 0 for gain in gains.values())
+
+    gains = gains_of("")
     best = max(gains, key=lambda name: found[name]["accuracy"])
     crosses, unclear = (sum(gain[key] for gain in gains.values()) for key in ("cross", "open"))
-    worse = sum(gain["over_single"]["interval_95"][1] < 0 for gain in gains.values())
     reading = (
         f"The best pair is {best}, {percent(found[best])}; all layers: {percent(found['all'])}. {crosses} of {len(pairs)} pairs "
-        f"reach 99 % of all layers; {worse} do clearly worse than the better single; for {unclear} all layers are not clearly "
-        "above it."
+        f"reach 99 % of all layers; {worse(gains)} do clearly worse than the better single; for {unclear} all layers are not "
+        "clearly above it."
     )
-    return {"reading": reading, "layers": list(runs), "conditions": found, "gains": gains}
+    halves = gains_of("half of ") if lab.args.controls else {}
+    if halves:
+        mean, half = (statistics.mean(g["over_single"]["accuracy"] for g in some.values()) for some in (gains, halves))
+        reading += (
+            f" A pair minus the better single is {100 * mean:+.1f} points on average; with half of each vector it is "
+            f"{100 * half:+.1f}, and {worse(halves)} do clearly worse."
+        )
+    return {"reading": reading, "layers": list(runs), "conditions": found, "gains": gains, "halves": halves}
 
 
 def pair_gain(pair: dict, one: dict, other: dict, whole: dict) -> dict:
@@ -940,19 +960,27 @@ def pair_gain(pair: dict, one: dict, other: dict, whole: dict) -> dict:
 def plot_compose(doc: dict, path: Path) -> None:
     layers, gains = doc["found"]["layers"], doc["found"]["gains"]
     cells = {(y, x): gains[f"{i}+{j}"] for y, i in enumerate(layers) for x, j in enumerate(layers) if i < j}
-    grid = np.full((len(layers), len(layers)), np.nan)
+    share, over = np.full((2, len(layers), len(layers)), np.nan)
     for at, gain in cells.items():
-        grid[at] = np.nan if gain["open"] else gain["share"]
-    size = max(4.6, 2.4 + 0.16 * len(layers))
-    fig, ax = heat(grid, layers, layers, (size + 0.8, size), -1, 1)
+        share[at] = np.nan if gain["open"] else gain["share"]
+        over[at] = 100 * gain["over_single"]["accuracy"]
+    fig, axes = plt.subplots(1, 2, figsize=(9, 4.3), sharey=True, constrained_layout=True)
+    most = np.nanmax(np.abs(over)) or 1.0
+    heat(axes[0], share, layers, layers, -1, 1, beyond=True)
+    heat(axes[1], over, layers, layers, -most, most)
+    titles = ("normalised gain (0: better single, 1: all layers)", "pair minus the better single (points)")
     for (y, x), gain in cells.items():
         if gain["open"]:
-            ax.add_patch(plt.Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor="0.8", linewidth=0))
+            axes[0].add_patch(plt.Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor="0.8", linewidth=0))
         if gain["cross"]:
-            ax.plot(x, y, "x", color="black", ms=4)
-    ax.set(xlabel="layer of one vector (0-based)", ylabel="layer of the other", title="Do vectors add up?")
-    fig.axes[1].set_ylabel("normalised gain of the pair\n(0: the better single, 1: all layers)")
-    finish(fig, doc, path, "cross: 99 % of all layers or more\ngrey: all layers not clearly above the better single")
+            for ax in axes:
+                ax.plot(x, y, "x", color="black", ms=4)
+    axes[0].set(ylabel="layer of the other")
+    for ax, title in zip(axes, titles):
+        ax.set(xlabel="layer of one vector (0-based)")
+        ax.set_title(title, fontsize=10)
+    fig.suptitle("Do vectors add up?")
+    finish(fig, doc, path, "cross: 99 % of all layers or more; grey: all layers not clearly above the better single")
 
 
 def side_by_side(lab: Lab) -> dict:
@@ -1025,10 +1053,10 @@ def plot_transfer(doc: dict, path: Path) -> None:
     raw = [[f"{100 * row['accuracies'][donor]['accuracy']:.1f} %" for donor in donors] for row in found.values()]
     texts = [[t if np.isnan(x) else f"{x:.2f}\n{t}" for x, t in zip(*rows)] for rows in zip(grid, raw)]
     names = [f"{Path(n).name}\n(base {100 * row['accuracies']['base']['accuracy']:.1f} %)" for n, row in found.items()]
-    fig, ax = heat(grid, names, donors, (3.5 + 1.3 * len(donors), 1.6 + 0.6 * len(found)), -1, 1, texts, every=1)
+    fig, ax = plt.subplots(figsize=(3.5 + 1.3 * len(donors), 1.6 + 0.6 * len(found)), constrained_layout=True)
+    heat(ax, grid, names, donors, -1, 1, texts, every=1, beyond=True).set_label("share of the\nown vectors' gain")
     ax.set_facecolor("0.85")
     ax.set(xlabel="vectors of", ylabel="recipient", title="Do vectors work in other models?")
-    fig.axes[1].set_ylabel("share of the\nown vectors' gain")
     finish(fig, doc, path, "grey: the recipient's own gain is missing or not clearly above 0")
 
 
@@ -1679,9 +1707,12 @@ def band(ax, x, rows: list[dict], colour, label: str) -> None:
     ax.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
 
 
-def heat(grid, rows, columns, size, low: float, high: float, texts=None, every: int | None = None):
-    """A matrix as colours, low < 0: RdBu centred at 0, else one hue; texts in its cells. Labels thinned out unless every is 1."""
-    fig, ax = plt.subplots(figsize=size, constrained_layout=True)
+def heat(ax, grid, rows, columns, low: float, high: float, texts=None, every: int | None = None, beyond=False):
+    """
+    A matrix as colours, low < 0: RdBu centred at 0, else one hue; texts in its cells. Returns the bar of colours.
+
+    Labels are thinned out unless every is 1. beyond: values may lie outside low..high.
+    """
     image = ax.imshow(np.array(grid, float), cmap="RdBu" if low < 0 else "Blues", vmin=low, vmax=high, aspect="auto")
     for y, line in enumerate(texts or []):
         for x, text in enumerate(line):
@@ -1690,8 +1721,7 @@ def heat(grid, rows, columns, size, low: float, high: float, texts=None, every: 
     for axis, names in ((ax.yaxis, list(rows)), (ax.xaxis, list(columns))):
         some = range(0, len(names), every or max(1, len(names) // 14))
         axis.set_ticks(list(some), [names[i] for i in some], fontsize=7)
-    fig.colorbar(image, extend="both" if low < 0 else "neither")
-    return fig, ax
+    return ax.figure.colorbar(image, ax=ax, extend="both" if beyond else "neither")
 
 
 def about(doc: dict) -> str:

@@ -367,7 +367,7 @@ COMMANDS = {
     "similarity": (["a", "b"], {}),
     "sites": (["a", "b"], {}),
     "orthogonal": (["b", "site"], {}),
-    "compose": (["a", "b", "all"], {}),
+    "compose": (["a", "b", "all"], {"controls": True}),
     "ablate": (["two"], {}),
     "transfer": (["a"], {"recipients": ("copy", "tiny")}),
     "scale": (["lora"], {}),
@@ -379,6 +379,26 @@ COMMANDS = {
 
 def test_every_analysis_has_a_command():
     assert set(COMMANDS) == set(analyze.ANALYSES) == set(analyze.Name.__args__) - {"report"}
+
+
+def test_compose_adds_two_vectors_or_half_of_each(runs, tmp_path, monkeypatch):
+    given = {}
+
+    def answers(lab, vectors, temperature, bar):
+        given[bar] = vectors
+        size = sum(s.norm().item() for s in vectors.values())
+        return analyze.accuracy_of(accuracy(max(0, 90 - round(100 * size)), 100)["correct"])  # the longer, the worse
+
+    monkeypatch.setattr(analyze, "answers", answers)
+    doc = go("compose", runs["a"], runs["b"], runs["all"], out=str(tmp_path), controls=True)
+    pair, half = given["layers 3+20"], given["layers half of 3+20"]
+    for layer in (3, 20):
+        torch.testing.assert_close(pair[layer], vector(layer, 64, 0.05))
+        torch.testing.assert_close(half[layer], vector(layer, 64, 0.05) / 2)
+    single = max(doc["found"]["conditions"][layer]["accuracy"] for layer in ("3", "20"))
+    for gain, name in ((doc["found"]["gains"]["3+20"], "3+20"), (doc["found"]["halves"]["3+20"], "half of 3+20")):
+        assert gain["over_single"]["accuracy"] == pytest.approx(doc["found"]["conditions"][name]["accuracy"] - single)
+    assert doc["found"]["halves"]["3+20"]["over_single"]["accuracy"] > doc["found"]["gains"]["3+20"]["over_single"]["accuracy"]
 
 
 @pytest.mark.parametrize("name", COMMANDS)
