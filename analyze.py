@@ -6,10 +6,10 @@ $ python analyze.py shift out/tiny-layer27                    # what it does to 
 $ python analyze.py prefix out/tiny-layer27                   # against its top token forced as the first one (P4 Fig. 4, right)
 $ python analyze.py case out/tiny-layer27                     # answers, token by token, as a page for the browser (P4 Fig. 6)
 $ python analyze.py ablate out/tiny-layerall                  # all layers but one, and only one
-$ python analyze.py sweep out/tiny-layer*                     # accuracy by layer (P4 Fig. 1, 9)
-$ python analyze.py persistence out/tiny-layer?  out/tiny-layer??    # how a shift travels (P4 Fig. 2, Tables 6, 7)
-$ python analyze.py similarity out/tiny-layer?  out/tiny-layer??     # mean shifts at the last layer (P4 Fig. 3, 11)
-$ python analyze.py compose out/tiny-layer*                   # pairs of vectors added together (P1 Fig. 5, Table 2)
+$ python analyze.py sweep out/tiny-layer{?,??,all} out/tiny-full     # accuracy by layer (P4 Fig. 1, 9)
+$ python analyze.py persistence out/tiny-layer{?,??}          # how a shift travels (P4 Fig. 2, Tables 6, 7)
+$ python analyze.py similarity out/tiny-layer{?,??}           # mean shifts at the last layer (P4 Fig. 3, 11)
+$ python analyze.py compose out/tiny-layer{?,??,all}          # pairs of vectors added together (P1 Fig. 5, Table 2)
 $ python analyze.py patch out/tiny-layer26 out/tiny-layer27   # through which part of the next block it acts (P4 Fig. 5, 7, 8)
 $ python analyze.py attention out/tiny-layer26                # does it change where the model looks?
 $ python analyze.py sites RUN...    $ python analyze.py orthogonal RUN...    # accuracies side by side (P4 Fig. 10, 12)
@@ -830,22 +830,47 @@ def write_tokens(ax, tokens: list[tuple], limit: float) -> None:
 # ---------------------------------------------------------------------- accuracies: sweep, ablate, compose, sites, transfer
 
 
+def with_weights(lab: Lab, run: Run) -> Lab:
+    """The lab with all weights of a run of --method full. They take the place of the model's own, so let it be the last."""
+    model.replace_weights(lab.llm, str(run.folder / "weights"))
+
+    def engine():
+        started = lab.engine()
+        if started is not None:
+            started.push_weights(lab.llm)
+        return started
+
+    return lab._replace(engine=cache(engine), state=lab.state | {"weights": model.fingerprint(lab.llm)})
+
+
 def sweep(lab: Lab) -> dict:
-    """Accuracy of vectors at single layers, of the base model and of all layers together (P4 Sec. 3, Fig. 1; greedy: Fig. 9)."""
-    runs, whole = singles_and_all(lab)
+    """
+    Accuracy of vectors at single layers, of the base model and of all layers together (P4 Sec. 3, Fig. 1; greedy: Fig. 9).
+
+    One run may have trained all weights: the papers' upper line.
+    """
+    full = [run for run in lab.runs if run.config.get("method") == "full"]
+    if len(full) > 1:
+        sys.exit(f"sweep wants at most one run of all weights, got {', '.join(str(run.folder) for run in full)}")
+    runs, whole = singles_and_all(lab._replace(runs=[run for run in lab.runs if run not in full]))
     depth = len(model.decoder_layers(lab.llm))
     conditions = {"base": {}} | ({"all": whole.vectors} if whole else {}) | {str(l): run.vectors for l, run in runs.items()}
     if lab.args.controls:
         for layer, run in runs.items():
             conditions[f"random {layer}"] = {layer: random_like(run.vectors[layer], lab.args.seed, layer)}
             conditions[f"moved {layer}"] = moved(run.vectors, depth)
-    found, said = {}, []
-    for decoding, temperature in (("T = 1", 1.0), ("greedy", 0.0)):
+    decodings, found, said = {"T = 1": 1.0, "greedy": 0.0}, {}, []
+    for decoding, temperature in decodings.items():
         bar = tqdm(conditions.items(), desc=f"sweep, {decoding}")
-        row = found[decoding] = {name: answers(lab, given, temperature, f"layer {name}") for name, given in bar}
+        found[decoding] = {name: answers(lab, given, temperature, f"layer {name}") for name, given in bar}
+    for there in (with_weights(lab, run) for run in full):
+        for decoding, temperature in decodings.items():
+            found[decoding]["full"] = answers(there, {}, temperature, f"all weights, {decoding}")
+    for decoding, row in found.items():
         best = max(map(str, runs), key=lambda layer: row[layer]["accuracy"])  # noqa: B023, used at once
         said.append(f"{decoding}: base {percent(row['base'])}, best layer {best} {percent(row[best])}")
         said[-1] += f", all layers {percent(row['all'])}" if whole else ""
+        said[-1] += f", all weights {percent(row['full'])}" if full else ""
     return {"reading": "; ".join(said) + ".", "depth": depth, "layers": list(runs), "by_decoding": found}
 
 
@@ -857,8 +882,9 @@ def plot_sweep(doc: dict, path: Path) -> None:
             if f"{kind}{layers[0]}" in rows:
                 band(ax, layers, [rows[f"{kind}{layer}"] for layer in layers], colour, f"{kind or 'one '}vector")
         ax.axhline(100 * rows["base"]["accuracy"], color="black", linestyle="--", label="base model")
-        if "all" in rows:
-            ax.axhline(100 * rows["all"]["accuracy"], color="tab:blue", label="all layers")
+        for name, colour, label in (("all", "tab:blue", "all layers"), ("full", "tab:purple", "all weights")):
+            if name in rows:
+                ax.axhline(100 * rows[name]["accuracy"], color=colour, label=label)
         ax.set(xlabel="layer of the vector (0-based)", title=decoding, xlim=(-0.5, doc["found"]["depth"] - 0.5))
     axes[0].set(ylabel="right answers (%)", ylim=(0, None))
     axes[1].legend(frameon=False, fontsize=8)
@@ -1869,6 +1895,17 @@ def read_config(folder: str) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def stamp(run: str, config: dict) -> str:
+    """What a run's vectors are told from others by: a checksum; of all weights names, sizes and times, for they are large."""
+    if config.get("method") == "full":
+        files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(Path(run).glob("weights/*.safetensors"))]
+        return str(files) if files else sys.exit(f"no weights in {run}/weights: train.py with --resume goes on with that run")
+    path = Path(run) / "vectors.safetensors"
+    if not path.is_file():
+        sys.exit(f"no vectors at {path}: train some first, for example `python train.py --layer 27`")
+    return checksum(path.read_bytes())
+
+
 def label_of(config: dict) -> str:
     """What the config says about a run's vectors: "27", "26, attention", "14, orthogonal to 2"."""
     label = str(config.get("layer", "?"))
@@ -1954,9 +1991,10 @@ def measured(args: Config, folder: Path, old: dict | None) -> dict:
     for key in ("model", "template", "system") if args.name != "transfer" else ():
         if len(values := {str(config.get(key)) for config in configs.values()}) > 1:
             sys.exit(f"{args.name} compares runs with the same {key}; these have {', '.join(sorted(values))}")
-    files = {run: Path(run) / "vectors.safetensors" for run in args.runs}
-    if missing := [str(file) for file in files.values() if not file.is_file()]:
-        sys.exit(f"no vectors at {missing[0]}: train some first, for example `python train.py --layer 27`")
+    full = [run for run, config in configs.items() if config.get("method") == "full"]
+    if full and (args.name != "sweep" or len(full) == len(configs) or args.tensor_parallel > 1):
+        sys.exit(f"{full[0]} has all weights, no vectors: sweep takes one beside runs with vectors, without --tensor-parallel")
+    stamps = {run: stamp(run, config) for run, config in configs.items()}
     first = next(iter(configs.values()))
     args = replace(args, n=args.cases) if args.name == "case" else args
     rows = problems_of(args, first)[: args.n]
@@ -1966,8 +2004,9 @@ def measured(args: Config, folder: Path, old: dict | None) -> dict:
     else:
         lab = open_lab(args, folder, first["model"], first, rows)
     runs = []
-    for run, file in files.items():
-        vectors = {} if args.name == "transfer" else model.load_vectors(file, lab.llm, lab.model)[0]
+    for run in args.runs:
+        file = Path(run) / "vectors.safetensors"
+        vectors = {} if args.name == "transfer" or run in full else model.load_vectors(file, lab.llm, lab.model)[0]
         matrices = [model.name_of(place) for place, s in vectors.items() if s.dim() > 1]
         if matrices and args.name not in ("scale", "shift", "case", "sites"):
             sys.exit(f"{args.name} wants vectors; {run} has a LoRA: shift, case, sites, scale and transfer take one")
@@ -1976,7 +2015,7 @@ def measured(args: Config, folder: Path, old: dict | None) -> dict:
         runs.append(Run(Path(run), configs[run], vectors, label_of(configs[run])))
     lab = lab._replace(runs=runs)
     lab = lab if args.name in HF_ONLY else with_engine(lab)
-    settings = flags | lab.state | {"runs": {run: checksum(file.read_bytes()) for run, file in files.items()}}
+    settings = flags | lab.state | {"runs": stamps}
     settings = json.loads(json.dumps(settings))
     if old and old["settings"] == settings and args.name != "transfer":
         return old

@@ -349,6 +349,14 @@ def runs(tmp_path_factory):
     model.save_vectors(folder / "lora" / "vectors.safetensors", lora, llm, "tiny", 0)
     made["copy"] = str(folder / "copy-of-tiny")
     shutil.copytree(model.TINY, made["copy"], ignore=shutil.ignore_patterns("*.py", "*.md", "*.jsonl", "*.png"))
+    made["full"] = run("full", [], method="full", layer="27")
+    (folder / "full" / "vectors.safetensors").unlink()
+    (folder / "full" / "weights").mkdir()
+    for file in ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        shutil.copy(model.TINY / file, folder / "full" / "weights")
+    other, _ = model.load("tiny", "cpu")
+    other.get_decoder().norm.weight.data *= -1  # another model of the same shape
+    other.save_pretrained(folder / "full" / "weights")
     made["folder"] = folder
     return made
 
@@ -362,7 +370,7 @@ COMMANDS = {
     "shift": (["a"], {"max_tokens": 80}),
     "prefix": (["a"], {"token": "To", "controls": True}),
     "case": (["a"], {"cases": 2}),
-    "sweep": (["a", "b", "all"], {"controls": True}),
+    "sweep": (["a", "b", "all", "full"], {"controls": True}),
     "persistence": (["a", "b"], {}),
     "similarity": (["a", "b"], {}),
     "sites": (["a", "b"], {}),
@@ -379,6 +387,23 @@ COMMANDS = {
 
 def test_every_analysis_has_a_command():
     assert set(COMMANDS) == set(analyze.ANALYSES) == set(analyze.Name.__args__) - {"report"}
+
+
+def test_sweep_measures_a_run_of_all_weights_in_their_place(runs, tmp_path, monkeypatch):
+    seen, rollouts = [], model.rollouts
+
+    def watched(llm, *args, **how):
+        seen.append(model.fingerprint(llm))
+        return rollouts(llm, *args, **how)
+
+    monkeypatch.setattr(model, "rollouts", watched)
+    go("sweep", runs["a"], runs["full"], out=str(tmp_path))
+    own, other = (model.fingerprint(model.load(name, "cpu")[0]) for name in ("tiny", runs["full"] + "/weights"))
+    assert own != other and seen == [own] * 4 + [other] * 2  # base and layer 3 at T = 1 and greedy, then all weights
+    kept = [json.loads(file.read_text())["asked"] for file in (tmp_path / "parts").glob("*.json")]
+    assert sorted(part["weights"] for part in kept) == sorted(seen)
+    with pytest.raises(SystemExit, match="all weights, no vectors"):
+        go("lens", runs["full"])
 
 
 def test_compose_adds_two_vectors_or_half_of_each(runs, tmp_path, monkeypatch):
