@@ -985,7 +985,7 @@ def pair_gain(pair: dict, one: dict, other: dict, whole: dict) -> dict:
 
 def plot_compose(doc: dict, path: Path) -> None:
     layers, gains = doc["found"]["layers"], doc["found"]["gains"]
-    cells = {(y, x): gains[f"{i}+{j}"] for y, i in enumerate(layers) for x, j in enumerate(layers) if i < j}
+    cells = {(layers.index(i), layers.index(j)): gains[f"{i}+{j}"] for i in layers for j in layers if f"{i}+{j}" in gains}
     share, over = np.full((2, len(layers), len(layers)), np.nan)
     for at, gain in cells.items():
         share[at] = np.nan if gain["open"] else gain["share"]
@@ -1761,7 +1761,7 @@ def about(doc: dict) -> str:
 
 def finish(fig, doc: dict, path: Path, more: str) -> None:
     """Add the caption and write the figure."""
-    fig.supxlabel(plain("; ".join(filter(None, [about(doc), more]))), fontsize=7, color="0.4")
+    fig.supxlabel(plain("; ".join(filter(None, [about(doc), doc.get("caption", more)]))), fontsize=7, color="0.4")
     path.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path, dpi=150)
     plt.close(fig)
@@ -1827,10 +1827,107 @@ def numbers(found, name: str = "") -> list[dict]:
     return []
 
 
+# The papers' numbers in the form of what our analyses find, so that the same functions draw them. Each function takes
+# data/paper.json and the names of a model's tables there; it returns (found, source), or None for a model not shown in the paper.
+
+TABLES = {
+    "Qwen2.5-Math-7B": {"T = 1": "P4.table2", "greedy": "P4.table4", "travel": "P4.table6", "pairs": "P1.table2.qwen"},
+    "Llama-3.1-8B-Instruct": {"T = 1": "P4.table3", "greedy": "P4.table5", "travel": "P4.table7", "pairs": "P1.table2.llama"},
+}
+
+
+def as_ours(mean: float, pm: float = 0.0) -> dict:
+    """A printed accuracy, and its +- where there is one, as `answers` has it."""
+    return {"accuracy": mean / 100, "interval_95": [(mean - pm) / 100, (mean + pm) / 100]}
+
+
+def averages(paper: dict, table: str, decoding: str) -> dict:
+    """Of the six benchmarks: {"base": ..., "all": ..., "full": ..., "0": ..., "1": ...}."""
+    rows = {row["setup"].removeprefix("layer "): as_ours(row["mean"][-1], row["pm"][-1]) for row in paper[table]["rows"]}
+    return rows | {"base": rows[f"base, {decoding.replace(' ', '')}"], "all": rows["all layers"]}
+
+
+def paper_sweep(paper: dict, tables: dict):
+    found = {decoding: averages(paper, tables[decoding], decoding) for decoding in ("T = 1", "greedy")}
+    layers = sorted(int(key) for key in found["greedy"] if key.isdigit())
+    source = f"v4, Tables {tables['T = 1'][-1]} and {tables['greedy'][-1]}; mean of six benchmarks; bands: printed ± over seeds"
+    return {"depth": len(layers), "layers": layers, "by_decoding": found}, source
+
+
+def paper_persistence(paper: dict, tables: dict):
+    found = {}
+    for kind in ("diff_diff", "diff_vector"):
+        for row in paper[f"{tables['travel']}.{kind}"]["rows"]:
+            layer, values = row["layer"], row["value"]  # with nulls before the layer
+            found.setdefault(str(layer), {"layers": list(range(layer, len(values)))})[kind] = values[layer:]
+    return {"depth": len(found), "by_layer": found}, f"v4, Table {tables['travel'][-1]}"
+
+
+def paper_prefix(paper: dict, tables: dict):
+    found = {}
+    for row in paper["P4.fig4"]["rows"]:
+        if tables is TABLES[Path(row["model"]).name]:
+            bars = {"base": row["base"], f"base + {quoted(row['prefix'])}": row["base_prefix"], "vector": row["vector"]}
+            found[row["decoding"].replace("=", " = ")] = {name: as_ours(value) for name, value in bars.items()}
+    return {"conditions": list(found["greedy"]), "by_decoding": found}, "v4, Fig. 4; mean of six benchmarks"
+
+
+def paper_sites(paper: dict, tables: dict):
+    if tables is not TABLES["Qwen2.5-Math-7B"]:
+        return None
+    found = {row["site"]: as_ours(row["mean"], row["pm"]) for row in paper["P4.fig10"]["rows"]}
+    base = averages(paper, tables["T = 1"], "T = 1")["base"]
+    return {"conditions": {"base": base} | found}, "v4, Fig. 10; mean of six benchmarks; bars: printed ± over seeds"
+
+
+def paper_orthogonal(paper: dict, tables: dict):
+    if tables is not TABLES["Qwen2.5-Math-7B"]:
+        return None
+    names = ("", ", first orthogonal", ", second orthogonal")
+    found = {f"{row['layer']}{name}": as_ours(x) for row in paper["P4.fig12"]["rows"] for name, x in zip(names, row["value"])}
+    base = averages(paper, tables["T = 1"], "T = 1")["base"]
+    return {"conditions": {"base": base} | found}, "v4, Fig. 12; mean of six benchmarks"
+
+
+def paper_compose(paper: dict, tables: dict):
+    alone, gains = averages(paper, tables["T = 1"], "T = 1"), {}
+    for i, row in enumerate(paper[tables["pairs"]]["rows"]):
+        for j, cell in enumerate(row["value"]):
+            if j > i and cell is not None:
+                pair, best, whole = cell / 100, max(alone[str(x)]["accuracy"] for x in (i, j)), alone["all"]["accuracy"]
+                gains[f"{i}+{j}"] = {"open": whole <= best, "cross": pair >= 0.99 * whole} | {
+                    "share": None if whole <= best else (pair - best) / (whole - best), "over_single": {"accuracy": pair - best}
+                }  # fmt: skip
+    source = f"v1, Table 2; single and all layers: v4, Table {tables['T = 1'][-1]}; white above the diagonal: lost in the PDF"
+    return {"layers": list(range(len(row["value"]))), "gains": gains}, source
+
+
+THEIRS = {
+    "sweep": paper_sweep, "persistence": paper_persistence, "prefix": paper_prefix, "sites": paper_sites,
+    "orthogonal": paper_orthogonal, "compose": paper_compose,
+}  # fmt: skip
+
+
+def theirs(name: str, paper: dict) -> list[dict]:
+    """The papers' numbers for an analysis as documents like ours, one for each model."""
+    found = {who: THEIRS[name](paper, tables) for who, tables in TABLES.items()} if name in THEIRS else {}
+    return [
+        {"name": name, "settings": {"model": who}, "found": both[0], "caption": f"arXiv:2509.06608{both[1]}"}
+        for who, both in found.items()
+        if both
+    ]
+
+
+def picture(path: Path, text: str) -> str:
+    """A PNG inside the page."""
+    data = base64.b64encode(path.read_bytes()).decode()
+    return f'<img src="data:image/png;base64,{data}" alt="{html.escape(text)}">\n'
+
+
 def report(folder: Path) -> Path:
-    """One page with every figure under folder/*/figures and folder/figures, and the papers' numbers beside ours."""
+    """One page with every figure under folder/*/figures and folder/figures, and the papers' figures and numbers beside ours."""
     paper = json.loads((DATA / "paper.json").read_text(encoding="utf-8"))
-    body, order = "", {name: i for i, name in enumerate(ANALYSES)}
+    body, done, order = "", set(), {name: i for i, name in enumerate(ANALYSES)}
     docs = [(path, read_doc(path)) for path in sorted([*folder.glob("figures/*.json"), *folder.glob("*/figures/*.json")])]
     docs = sorted(((p, d) for p, d in docs if d), key=lambda pd: (order.get(pd[1]["name"], len(order)), str(pd[0])))
     if not docs:
@@ -1840,13 +1937,19 @@ def report(folder: Path) -> Path:
         body += f"<p>{html.escape(doc['reading'])}</p>\n"
         image = path.with_suffix(".png")
         if image.is_file():
-            data = base64.b64encode(image.read_bytes()).decode()
-            body += f'<img src="data:image/png;base64,{data}" alt="{html.escape(doc["reading"])}">\n'
+            body += picture(image, doc["reading"])
         if path.with_suffix(".html").is_file():
             body += f"<p>The answers token by token: <code>{html.escape(str(path.with_suffix('.html')))}</code></p>\n"
         body += f"<p><small>{html.escape(about(doc))}: <code>{html.escape(doc['command'])}</code></small></p>\n"
         if doc["name"] != "case" and (ours := numbers(doc["found"])):
             body += f"<details><summary>the numbers</summary>{table_of(ours)}</details>\n"
+        for other in theirs(doc["name"], paper):
+            drawn = folder / "paper" / f"{doc['name']}-{other['settings']['model']}.png"
+            if drawn not in done:  # there may be several lenses
+                ANALYSES[doc["name"]][1](other, drawn)
+                done.add(drawn)
+                title = f"In the paper, {other['settings']['model']}"
+                body += f"<details open><summary>{title}</summary>{picture(drawn, title)}</details>\n"
         for entry in (paper[key] for key in PAPERS.get(doc["name"], [])):
             what = html.escape(f"The paper: {entry['title']} ({entry['source']}; {entry['unit']})")
             body += f"<details><summary>{what}</summary>{table_of(entry['rows'], entry['columns'])}</details>\n"

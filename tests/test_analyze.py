@@ -476,7 +476,8 @@ def test_report(runs, tmp_path):
     (folder / "figures" / "other.json").write_text("[1]")  # not ours
     analyze.main(analyze.Config("report", (str(folder),)))
     page = (folder / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 3 and "http" not in page.replace("arxiv", "")
+    assert page.count("data:image/png;base64,") == 4 and "In the paper, Qwen2.5-Math-7B" in page  # sites: the paper's figure, too
+    assert "http" not in page.replace("arxiv", "")
     assert "Logit lens of the last layer" in page and "42.5" in page  # the paper's numbers
     assert "python analyze.py sites" in page and "seed 0" in page and "<script" not in page
 
@@ -529,6 +530,28 @@ def test_errors(error, runs, tmp_path):
     with pytest.raises(SystemExit) as stopped:
         go(name, *(runs.get(key, key) for key in keys), out=str(tmp_path), **changes)
     assert wanted in str(stopped.value) and "\n" not in str(stopped.value)
+
+
+def test_the_papers_numbers_are_drawn_by_the_same_functions(tmp_path):
+    paper = json.loads((analyze.DATA / "paper.json").read_text())
+    both = [(name, doc) for name in analyze.ANALYSES for doc in analyze.theirs(name, paper)]
+    docs = {(name, doc["settings"]["model"][:4]): doc["found"] for name, doc in both}
+    assert len(docs) == 10 and {name for name, _ in docs} == set(analyze.THEIRS)
+    # cells as they stand in the papers
+    qwen, llama = (docs["sweep", who]["by_decoding"] for who in ("Qwen", "Llam"))
+    assert [round(100 * qwen["T = 1"][who]["accuracy"], 1) for who in ("base", "27", "all", "full")] == [14.3, 29.4, 42.9, 43.8]
+    assert round(100 * qwen["greedy"]["base"]["accuracy"], 1) == 24.8
+    assert qwen["T = 1"]["27"]["interval_95"] == pytest.approx([0.290, 0.298])
+    assert [round(100 * llama["T = 1"][who]["accuracy"], 1) for who in ("base", "31", "full")] == [11.7, 14.7, 26.4]
+    travel = docs["persistence", "Qwen"]["by_layer"]["1"]
+    assert travel["layers"] == list(range(1, 28)) and travel["diff_diff"][25 - 1] == 0.29 and travel["diff_vector"][1] == 0.33
+    assert docs["prefix", "Llam"]["by_decoding"]["T = 1"]['base + "Step"']["accuracy"] == pytest.approx(0.134)
+    gain = docs["compose", "Qwen"]["gains"]["0+14"]  # 41.6; the better single 40.0, all layers 42.9
+    assert gain["share"] == pytest.approx(1.6 / 2.9) and gain["over_single"]["accuracy"] == pytest.approx(0.016)
+    for name, doc in both:
+        path = tmp_path / f"{name}-{doc['settings']['model']}.png"
+        analyze.ANALYSES[name][1](doc, path)
+        assert path.stat().st_size > 10_000
 
 
 def test_report_of_nothing(tmp_path):
