@@ -831,16 +831,16 @@ def write_tokens(ax, tokens: list[tuple], limit: float) -> None:
 
 
 def with_weights(lab: Lab, run: Run) -> Lab:
-    """The lab with all weights of a run of --method full. They take the place of the model's own, so let it be the last."""
-    model.replace_weights(lab.llm, str(run.folder / "weights"))
+    """The lab with all weights of a run of --method full, which take the model's place when something is not kept yet."""
 
     def engine():
-        started = lab.engine()
+        started = lab.engine()  # before the change: it compares itself with the model
+        model.replace_weights(lab.llm, str(run.folder / "weights"))
         if started is not None:
             started.push_weights(lab.llm)
         return started
 
-    return lab._replace(engine=cache(engine), state=lab.state | {"weights": model.fingerprint(lab.llm)})
+    return lab._replace(engine=cache(engine), state=lab.state | {"weights": stamp(run.folder, run.config)})
 
 
 def sweep(lab: Lab) -> dict:
@@ -853,6 +853,8 @@ def sweep(lab: Lab) -> dict:
     if len(full) > 1:
         sys.exit(f"sweep wants at most one run of all weights, got {', '.join(str(run.folder) for run in full)}")
     runs, whole = singles_and_all(lab._replace(runs=[run for run in lab.runs if run not in full]))
+    if not runs:
+        sys.exit("sweep wants one or more runs with a vector at a single layer: train.py --layer 14, say")
     depth = len(model.decoder_layers(lab.llm))
     conditions = {"base": {}} | ({"all": whole.vectors} if whole else {}) | {str(l): run.vectors for l, run in runs.items()}
     if lab.args.controls:
@@ -863,7 +865,8 @@ def sweep(lab: Lab) -> dict:
     for decoding, temperature in decodings.items():
         bar = tqdm(conditions.items(), desc=f"sweep, {decoding}")
         found[decoding] = {name: answers(lab, given, temperature, f"layer {name}") for name, given in bar}
-    for there in (with_weights(lab, run) for run in full):
+    for run in full:  # last, for the model is not what it was afterwards
+        there = with_weights(lab, run)
         for decoding, temperature in decodings.items():
             found[decoding]["full"] = answers(there, {}, temperature, f"all weights, {decoding}")
     for decoding, row in found.items():
@@ -984,27 +987,33 @@ def pair_gain(pair: dict, one: dict, other: dict, whole: dict) -> dict:
 
 
 def plot_compose(doc: dict, path: Path) -> None:
-    layers, gains = doc["found"]["layers"], doc["found"]["gains"]
-    cells = {(layers.index(i), layers.index(j)): gains[f"{i}+{j}"] for i in layers for j in layers if f"{i}+{j}" in gains}
-    share, over = np.full((2, len(layers), len(layers)), np.nan)
-    for at, gain in cells.items():
-        share[at] = np.nan if gain["open"] else gain["share"]
-        over[at] = 100 * gain["over_single"]["accuracy"]
-    fig, axes = plt.subplots(1, 2, figsize=(9, 4.3), sharey=True, constrained_layout=True)
-    most = np.nanmax(np.abs(over)) or 1.0
-    heat(axes[0], share, layers, layers, -1, 1, beyond=True)
-    heat(axes[1], over, layers, layers, -most, most)
-    titles = ("normalised gain (0: better single, 1: all layers)", "pair minus the better single (points)")
-    for (y, x), gain in cells.items():
-        if gain["open"]:
-            axes[0].add_patch(plt.Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor="0.8", linewidth=0))
-        if gain["cross"]:
-            for ax in axes:
-                ax.plot(x, y, "x", color="black", ms=4)
-    axes[0].set(ylabel="layer of the other")
-    for ax, title in zip(axes, titles):
+    layers, gains, halves = doc["found"]["layers"], doc["found"]["gains"], doc["found"].get("halves")
+
+    def grid(value, gains):
+        return [[value(gains[f"{i}+{j}"]) if f"{i}+{j}" in gains else np.nan for j in layers] for i in layers]
+
+    def over_single(gain):
+        return 100 * gain["over_single"]["accuracy"]
+
+    most = max(abs(over_single(gain)) for gain in gains.values()) or 1.0
+    panels = [("normalised gain (0: better single, 1: all layers)", lambda g: np.nan if g["open"] else g["share"], gains, 1)]
+    panels += [("pair minus the better single (points)", over_single, gains, most)]
+    panels += [("the same with half of each vector (points)", over_single, halves, most)] if halves else []
+    fig, axes = plt.subplots(1, len(panels), figsize=(4.5 * len(panels), 4.3), sharey=True, constrained_layout=True)
+    for ax, (title, value, given, limit) in zip(axes, panels):
+        heat(ax, grid(value, given), layers, layers, -limit, limit, beyond=limit == 1)
         ax.set(xlabel="layer of one vector (0-based)")
         ax.set_title(title, fontsize=10)
+        for at in ((layers.index(i), layers.index(j)) for i in layers for j in layers if i < j):
+            gain = given.get(f"{layers[at[0]]}+{layers[at[1]]}")
+            cell = partial(plt.Rectangle, (at[1] - 0.5, at[0] - 0.5), 1, 1, linewidth=0)
+            if gain is None:
+                ax.add_patch(cell(facecolor="none", edgecolor="0.7", hatch="////"))
+            elif gain["open"] and ax is axes[0]:
+                ax.add_patch(cell(facecolor="0.8"))
+            if gain and gain["cross"]:
+                ax.plot(at[1], at[0], "x", color="black", ms=4)
+    axes[0].set(ylabel="layer of the other")
     fig.suptitle("Do vectors add up?")
     finish(fig, doc, path, "cross: 99 % of all layers or more; grey: all layers not clearly above the better single")
 
@@ -1364,7 +1373,7 @@ def draw_heads(ax, sweeps: dict, lines: dict) -> None:
         x += width + 1
         ax.axvline(x - 0.5, color="lightgrey", lw=0.8)
     for name, found in lines.items():
-        (low, high), colour, label = found["interval_95"], COLOURS.get(name), f"{name} {100 * found['value']:.0f} %"
+        (low, high), colour, label = found["interval_95"], COLOURS.get(name), f"{name} {100 * found['value']:.1f} %"
         if colour is None:  # random vectors: often far below, so only in the key
             ax.plot([], [], " ", label=label)
             continue
@@ -1720,6 +1729,7 @@ def bars(ax, x, rows: list[dict], width: float, colour, label: str | None) -> No
     """Accuracies as bars with their intervals and the number on top, in percent."""
     acc, low, high = points(rows)
     error = [[a - b for a, b in zip(acc, low)], [b - a for a, b in zip(acc, high)]]
+    error = error if np.any(error) else None  # some of the papers' numbers have none
     ax.bar(x, acc, width, yerr=error, capsize=2, color=colour, label=label, error_kw={"linewidth": 1})
     ax.margins(y=0.12)  # room for the numbers
     for at, a, top in zip(x, acc, high):
@@ -1770,13 +1780,13 @@ def finish(fig, doc: dict, path: Path, more: str) -> None:
 # --------------------------------------------------------------------------------------------------------------- report
 
 PAPERS = {  # the papers' numbers for an analysis, keys of data/paper.json
-    "sweep": ["P4.table2", "P4.table4"],
+    "sweep": ["P4.table2", "P4.table4", "P4.table3", "P4.table5"],
     "lens": ["P4.table8.qwen", "P4.table8.llama", "B.table2"],
     "prefix": ["P4.fig4", "P4.fig13"],
-    "persistence": ["P4.table6.diff_diff", "P4.table6.diff_vector"],
+    "persistence": ["P4.table6.diff_diff", "P4.table6.diff_vector", "P4.table7.diff_diff", "P4.table7.diff_vector"],
     "sites": ["P4.fig10"],
     "orthogonal": ["P4.fig12"],
-    "compose": ["P1.table2.qwen"],
+    "compose": ["P1.table2.qwen", "P1.table2.llama"],
     "transfer": ["P4.table1"],
     "cost": ["B.table3"],
 }
@@ -1808,7 +1818,8 @@ def numbers(found, name: str = "") -> list[dict]:
     if isinstance(found, dict) and isinstance(found.get("value"), (int, float)):  # a recovery; those of heads are in the figure
         return [{"what": name, "value": percent_of(found)}]
     if isinstance(found, dict) and isinstance(found.get("share"), float):
-        return [{"what": name, "value": f"{found['share']:.2f} {span(found)}" + (" (not to be judged)" if found["open"] else "")}]
+        share = {"what": name, "value": f"{found['share']:.2f} {span(found)}" + (" (not to be judged)" if found["open"] else "")}
+        return [share, *numbers(found.get("over_single"), f"{name}, over the better single")]
     if isinstance(found, dict):
         return [
             row
@@ -1828,94 +1839,102 @@ def numbers(found, name: str = "") -> list[dict]:
 
 
 # The papers' numbers in the form of what our analyses find, so that the same functions draw them. Each function takes
-# data/paper.json and the names of a model's tables there; it returns (found, source), or None for a model not shown in the paper.
+# data/paper.json and a model's name; it returns (found, caption), or None where the paper has no such figure for that model.
 
-TABLES = {
-    "Qwen2.5-Math-7B": {"T = 1": "P4.table2", "greedy": "P4.table4", "travel": "P4.table6", "pairs": "P1.table2.qwen"},
-    "Llama-3.1-8B-Instruct": {"T = 1": "P4.table3", "greedy": "P4.table5", "travel": "P4.table7", "pairs": "P1.table2.llama"},
+PAPER_TABLES = {
+    "Qwen2.5-Math-7B": {"T = 1": "P4.table2", "greedy": "P4.table4", "shifts": "P4.table6", "pairs": "P1.table2.qwen"},
+    "Llama-3.1-8B-Instruct": {"T = 1": "P4.table3", "greedy": "P4.table5", "shifts": "P4.table7", "pairs": "P1.table2.llama"},
 }
 
 
-def as_ours(mean: float, pm: float = 0.0) -> dict:
-    """A printed accuracy, and its +- where there is one, as `answers` has it."""
+def printed(mean: float, pm: float = 0.0) -> dict:
+    """A printed accuracy in percent, and its +- where there is one, in the form of `accuracy_of`."""
     return {"accuracy": mean / 100, "interval_95": [(mean - pm) / 100, (mean + pm) / 100]}
 
 
-def averages(paper: dict, table: str, decoding: str) -> dict:
-    """Of the six benchmarks: {"base": ..., "all": ..., "full": ..., "0": ..., "1": ...}."""
-    rows = {row["setup"].removeprefix("layer "): as_ours(row["mean"][-1], row["pm"][-1]) for row in paper[table]["rows"]}
-    return rows | {"base": rows[f"base, {decoding.replace(' ', '')}"], "all": rows["all layers"]}
+def averages(paper: dict, who: str, decoding: str) -> dict:
+    """Of the six benchmarks, from P4 Tables 2 to 5: {"base", "all", "full", "0", "1", ...: see printed}."""
+    rows = paper[PAPER_TABLES[who][decoding]]["rows"]
+    names = {f"base, {decoding.replace(' ', '')}": "base", "all layers": "all"}  # both tables have the base model both ways
+    found = {row["setup"].removeprefix("layer "): printed(row["mean"][-1], row["pm"][-1]) for row in rows}
+    return {names.get(name, name): row for name, row in found.items() if not name.startswith("base") or name in names}
 
 
-def paper_sweep(paper: dict, tables: dict):
-    found = {decoding: averages(paper, tables[decoding], decoding) for decoding in ("T = 1", "greedy")}
-    layers = sorted(int(key) for key in found["greedy"] if key.isdigit())
-    source = f"v4, Tables {tables['T = 1'][-1]} and {tables['greedy'][-1]}; mean of six benchmarks; bands: printed ± over seeds"
-    return {"depth": len(layers), "layers": layers, "by_decoding": found}, source
+def paper_sweep(paper: dict, who: str):
+    found = {decoding: averages(paper, who, decoding) for decoding in ("T = 1", "greedy")}
+    if found["greedy"]["all"] == found["T = 1"]["all"]:
+        del found["greedy"]["all"]  # Llama's Table 5 repeats the row of Table 3: there is no greedy number
+    layers = sorted(int(name) for name in found["greedy"] if name.isdigit())
+    tables = " and ".join(PAPER_TABLES[who][decoding][-1] for decoding in found)
+    caption = f"v4, Tables {tables}; mean of six benchmarks; bands: printed ± over seeds"
+    return {"depth": len(layers), "layers": layers, "by_decoding": found}, caption
 
 
-def paper_persistence(paper: dict, tables: dict):
-    found = {}
+def paper_persistence(paper: dict, who: str):
+    table, found = PAPER_TABLES[who]["shifts"], {}
     for kind in ("diff_diff", "diff_vector"):
-        for row in paper[f"{tables['travel']}.{kind}"]["rows"]:
+        for row in paper[f"{table}.{kind}"]["rows"]:
             layer, values = row["layer"], row["value"]  # with nulls before the layer
             found.setdefault(str(layer), {"layers": list(range(layer, len(values)))})[kind] = values[layer:]
-    return {"depth": len(found), "by_layer": found}, f"v4, Table {tables['travel'][-1]}"
+    return {"depth": len(found), "by_layer": found}, f"v4, Table {table[-1]}"
 
 
-def paper_prefix(paper: dict, tables: dict):
+def paper_prefix(paper: dict, who: str):
     found = {}
     for row in paper["P4.fig4"]["rows"]:
-        if tables is TABLES[Path(row["model"]).name]:
-            bars = {"base": row["base"], f"base + {quoted(row['prefix'])}": row["base_prefix"], "vector": row["vector"]}
-            found[row["decoding"].replace("=", " = ")] = {name: as_ours(value) for name, value in bars.items()}
-    return {"conditions": list(found["greedy"]), "by_decoding": found}, "v4, Fig. 4; mean of six benchmarks"
+        if Path(row["model"]).name == who:
+            accuracy = {"base": row["base"], f"base + {quoted(row['prefix'])}": row["base_prefix"], "vector": row["vector"]}
+            found[row["decoding"].replace("=", " = ")] = {name: printed(x) for name, x in accuracy.items()}
+    return {"conditions": list(found["greedy"]), "by_decoding": found}, "v4, Fig. 4; mean of six benchmarks; no ± printed"
 
 
-def paper_sites(paper: dict, tables: dict):
-    if tables is not TABLES["Qwen2.5-Math-7B"]:
+def paper_sites(paper: dict, who: str):
+    if who != "Qwen2.5-Math-7B":
         return None
-    found = {row["site"]: as_ours(row["mean"], row["pm"]) for row in paper["P4.fig10"]["rows"]}
-    base = averages(paper, tables["T = 1"], "T = 1")["base"]
-    return {"conditions": {"base": base} | found}, "v4, Fig. 10; mean of six benchmarks; bars: printed ± over seeds"
+    found = {row["site"]: printed(row["mean"], row["pm"]) for row in paper["P4.fig10"]["rows"]}
+    caption = "v4, Fig. 10, base: Table 2; mean of six benchmarks; bars: printed ± over seeds\norder of the middle three: likely"
+    return {"conditions": {"base": averages(paper, who, "T = 1")["base"]} | found}, caption
 
 
-def paper_orthogonal(paper: dict, tables: dict):
-    if tables is not TABLES["Qwen2.5-Math-7B"]:
+def paper_orthogonal(paper: dict, who: str):
+    if who != "Qwen2.5-Math-7B":
         return None
     names = ("", ", first orthogonal", ", second orthogonal")
-    found = {f"{row['layer']}{name}": as_ours(x) for row in paper["P4.fig12"]["rows"] for name, x in zip(names, row["value"])}
-    base = averages(paper, tables["T = 1"], "T = 1")["base"]
-    return {"conditions": {"base": base} | found}, "v4, Fig. 12; mean of six benchmarks"
+    found = {f"{row['layer']}{name}": printed(x) for row in paper["P4.fig12"]["rows"] for name, x in zip(names, row["value"])}
+    caption = "v4, Fig. 12, base: Table 2; mean of six benchmarks; no ± printed"
+    return {"conditions": {"base": averages(paper, who, "T = 1")["base"]} | found}, caption
 
 
-def paper_compose(paper: dict, tables: dict):
-    alone, gains = averages(paper, tables["T = 1"], "T = 1"), {}
-    for i, row in enumerate(paper[tables["pairs"]]["rows"]):
-        for j, cell in enumerate(row["value"]):
-            if j > i and cell is not None:
-                pair, best, whole = cell / 100, max(alone[str(x)]["accuracy"] for x in (i, j)), alone["all"]["accuracy"]
-                gains[f"{i}+{j}"] = {"open": whole <= best, "cross": pair >= 0.99 * whole} | {
-                    "share": None if whole <= best else (pair - best) / (whole - best), "over_single": {"accuracy": pair - best}
-                }  # fmt: skip
-    source = f"v1, Table 2; single and all layers: v4, Table {tables['T = 1'][-1]}; white above the diagonal: lost in the PDF"
-    return {"layers": list(range(len(row["value"]))), "gains": gains}, source
+def paper_compose(paper: dict, who: str):
+    table = paper[PAPER_TABLES[who]["pairs"]]
+    cells = {(i, j): x / 100 for i, row in enumerate(table["rows"]) for j, x in enumerate(row["value"]) if x is not None}
+    elsewhere, gains = averages(paper, who, "T = 1"), {}
+    whole = elsewhere["all"]["accuracy"]
+    for (i, j), pair in cells.items():
+        if i < j:  # on the diagonal the table has the single vectors, where they are not lost
+            single = max(cells.get((x, x), elsewhere[str(x)]["accuracy"]) for x in (i, j))
+            gain = {"open": whole <= single, "cross": pair >= 0.99 * whole, "over_single": {"accuracy": pair - single}}
+            gains[f"{i}+{j}"] = gain | {"share": None if gain["open"] else (pair - single) / (whole - single)}
+    place = "column 26 below row 3" if who.startswith("Qwen") else "column 30 below row 12"  # the notes in paper.json
+    caption = f"v1, Table 2; all layers and lost singles: v4, Table {PAPER_TABLES[who]['T = 1'][-1]}\n"
+    caption += f"hatched: lost in the text of the PDF; {place}: assigned by place alone"
+    return {"layers": table["columns"], "gains": gains}, caption
 
 
-THEIRS = {
+PAPER_FIGURES = {
     "sweep": paper_sweep, "persistence": paper_persistence, "prefix": paper_prefix, "sites": paper_sites,
     "orthogonal": paper_orthogonal, "compose": paper_compose,
 }  # fmt: skip
 
 
-def theirs(name: str, paper: dict) -> list[dict]:
+def paper_docs(name: str, paper: dict) -> list[dict]:
     """The papers' numbers for an analysis as documents like ours, one for each model."""
-    found = {who: THEIRS[name](paper, tables) for who, tables in TABLES.items()} if name in THEIRS else {}
-    return [
-        {"name": name, "settings": {"model": who}, "found": both[0], "caption": f"arXiv:2509.06608{both[1]}"}
-        for who, both in found.items()
-        if both
-    ]
+    docs = []
+    for who in PAPER_TABLES if name in PAPER_FIGURES else ():
+        if (read := PAPER_FIGURES[name](paper, who)) is not None:
+            found, caption = read
+            docs.append({"name": name, "settings": {"model": who}, "found": found, "caption": f"arXiv:2509.06608{caption}"})
+    return docs
 
 
 def picture(path: Path, text: str) -> str:
@@ -1943,9 +1962,9 @@ def report(folder: Path) -> Path:
         body += f"<p><small>{html.escape(about(doc))}: <code>{html.escape(doc['command'])}</code></small></p>\n"
         if doc["name"] != "case" and (ours := numbers(doc["found"])):
             body += f"<details><summary>the numbers</summary>{table_of(ours)}</details>\n"
-        for other in theirs(doc["name"], paper):
+        for other in paper_docs(doc["name"], paper):
             drawn = folder / "paper" / f"{doc['name']}-{other['settings']['model']}.png"
-            if drawn not in done:  # there may be several lenses
+            if drawn not in done:  # prefix, for one, may be there for several runs
                 ANALYSES[doc["name"]][1](other, drawn)
                 done.add(drawn)
                 title = f"In the paper, {other['settings']['model']}"
@@ -1998,11 +2017,13 @@ def read_config(folder: str) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def stamp(run: str, config: dict) -> str:
+def stamp(run: str | Path, config: dict) -> str:
     """What a run's vectors are told from others by: a checksum; of all weights names, sizes and times, for they are large."""
     if config.get("method") == "full":
         files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(Path(run).glob("weights/*.safetensors"))]
-        return str(files) if files else sys.exit(f"no weights in {run}/weights: train.py with --resume goes on with that run")
+        if not files:
+            sys.exit(f"no weights in {run}/weights: train.py with --resume goes on with that run")
+        return str(files)
     path = Path(run) / "vectors.safetensors"
     if not path.is_file():
         sys.exit(f"no vectors at {path}: train some first, for example `python train.py --layer 27`")
@@ -2096,7 +2117,7 @@ def measured(args: Config, folder: Path, old: dict | None) -> dict:
             sys.exit(f"{args.name} compares runs with the same {key}; these have {', '.join(sorted(values))}")
     full = [run for run, config in configs.items() if config.get("method") == "full"]
     if full and (args.name != "sweep" or len(full) == len(configs) or args.tensor_parallel > 1):
-        sys.exit(f"{full[0]} has all weights, no vectors: sweep takes one beside runs with vectors, without --tensor-parallel")
+        sys.exit(f"{full[0]} has all weights, no vectors: sweep takes one beside single-layer runs, without --tensor-parallel")
     stamps = {run: stamp(run, config) for run, config in configs.items()}
     first = next(iter(configs.values()))
     args = replace(args, n=args.cases) if args.name == "case" else args
