@@ -407,7 +407,7 @@ def lens(lab: Lab) -> dict:
 
 def plot_lens(doc: dict, path: Path) -> None:
     found, chance = doc["found"]["vectors"], doc["found"]["chance"]
-    random = f"95 % of random directions have\nno cosine above {chance:.2f}"
+    random = f"95 % of random\ndirections have no\ncosine above {chance:.2f}"
     if len(found) == 1:
         ((label, table),) = found.items()
         fig, axes = plt.subplots(1, 3, figsize=(8, 3.8), constrained_layout=True)
@@ -432,7 +432,7 @@ def plot_lens(doc: dict, path: Path) -> None:
         texts = [[plain(quoted(token)) for token, _, _ in table["cosine"][:columns]] for table in found.values()]
         fig, ax = plt.subplots(figsize=(8, 1.5 + 0.27 * len(found)), constrained_layout=True)
         bar = heat(ax, grid, list(found), range(1, columns + 1), 0, max(map(max, grid)), texts, every=1)
-        bar.set_label(f"cosine with the unembedding row\n({random})", fontsize=8)
+        bar.set_label("cosine with the unembedding row\n(" + random.replace("\n", " ") + ")", fontsize=8)
         ax.set(xlabel="rank by cosine", ylabel="layer of the vector (0-based)", title="Which tokens do the vectors point at?")
     finish(fig, doc, path, "raw unembedding rows, no final norm; to read is not to steer")
 
@@ -785,8 +785,11 @@ def plot_case(doc: dict, path: Path) -> None:
     for text in doc["found"]["answers"]:
         tokens += [(word + " ", None, False) for word in text["problem"].split(" ")] + [("\n", None, False)]
         tokens += [(t["text"], t["steered"] - t["base"], t["differs"]) for t in text["tokens"]] + [("\n\n", None, False)]
-    fig, ax = plt.subplots(figsize=(8, 1.2 + 0.2 * len(lines_of(tokens))), constrained_layout=True)
-    write_tokens(ax, tokens, 1.0)
+    tokens = tokens[:-1]  # no empty lines at the end
+    lines = lines_of(tokens)
+    width = max(70, max(column + len(text) for line in lines for column, text, *_ in line))
+    fig, ax = plt.subplots(figsize=(8 * width / WIDTH, 1.2 + 0.2 * len(lines)), constrained_layout=True)
+    write_tokens(ax, tokens, 1.0, width)
     bar = plt.cm.ScalarMappable(plt.Normalize(-1, 1), "RdBu")
     fig.colorbar(bar, ax=ax, location="top", shrink=0.5, aspect=40, label="change of probability; box: the argmax differs")
     finish(fig, doc, path, "first answers of the steered model")
@@ -811,7 +814,7 @@ def lines_of(tokens: list[tuple]) -> list[list]:
     return lines
 
 
-def write_tokens(ax, tokens: list[tuple], limit: float) -> None:
+def write_tokens(ax, tokens: list[tuple], limit: float, width=WIDTH) -> None:
     """Write [(text, value, marked)] as text, every token coloured by its value on -limit..limit; value None: grey text."""
     lines, colours = lines_of(tokens), plt.cm.ScalarMappable(plt.Normalize(-limit, limit), "RdBu")
     for y, line in enumerate(lines):
@@ -823,7 +826,7 @@ def write_tokens(ax, tokens: list[tuple], limit: float) -> None:
                 ax.add_patch(plt.Rectangle((column, y - 0.45), len(text), 0.9, facecolor=face, **edge))
                 colour = "white" if sum(share * x for share, x in zip((0.3, 0.6, 0.1), face)) < 0.5 else "black"
             ax.text(column, y, plain(text), family="monospace", fontsize=8, va="center", color=colour)
-    ax.set(xlim=(0, WIDTH), ylim=(len(lines) - 0.5, -0.7))
+    ax.set(xlim=(0, width), ylim=(len(lines) - 0.5, -0.7))
     ax.axis("off")
 
 
@@ -947,9 +950,7 @@ def compose(lab: Lab) -> dict:
     found = {name: answers(lab, given, lab.args.temperature, f"layers {name}") for name, given in bar}
 
     def gains_of(kind):
-        return {
-            name: pair_gain(found[kind + name], found[str(i)], found[str(j)], found["all"]) for name, (i, j) in pairs.items()
-        }
+        return {name: pair_gain(found[kind + name], found[str(i)], found[str(j)], found["all"]) for name, (i, j) in pairs.items()}
 
     def worse(gains):
         return sum(gain["over_single"]["interval_95"][1] < 0 for gain in gains.values())
