@@ -424,7 +424,7 @@ def plot_lens(doc: dict, path: Path) -> None:
         axes[2].axvline(chance, color="black", linestyle="--", linewidth=1, label=random)
         axes[2].set(xlabel="cosine", ylabel="tokens", yscale="log", title="all tokens, raw rows")
         axes[2].set_ylim(0.8, 30 * max(table["histogram"]["counts"]))  # room for the legend
-        axes[2].legend(frameon=False, fontsize=7, loc="upper right")
+        axes[2].legend(frameon=False, fontsize=7, loc="upper left")
         fig.suptitle(f"Which tokens does the vector at layer {label} point at?", fontsize=11)
     else:
         columns = min(6, *(len(table["cosine"]) for table in found.values()))
