@@ -9,17 +9,17 @@ $ python analyze.py ablate out/tiny-layerall                  # all layers but o
 $ python analyze.py sweep out/tiny-layer{?,??,all} out/tiny-full     # accuracy by layer (P4 Fig. 1, 9)
 $ python analyze.py persistence out/tiny-layer{?,??}          # how a shift travels (P4 Fig. 2, Tables 6, 7)
 $ python analyze.py similarity out/tiny-layer{?,??}           # mean shifts at the last layer (P4 Fig. 3, 11)
-$ python analyze.py compose out/tiny-layer{?,??,all}          # pairs of vectors added together (P1 Fig. 5, Table 2)
+$ python analyze.py compose out/tiny-layer{?,??,all} --controls      # pairs of vectors added together (P1 Fig. 5, Table 2)
 $ python analyze.py patch out/tiny-layer26 out/tiny-layer27   # through which part of the next block it acts (P4 Fig. 5, 7, 8)
 $ python analyze.py attention out/tiny-layer26                # does it change where the model looks?
 $ python analyze.py sites RUN...    $ python analyze.py orthogonal RUN...    # accuracies side by side (P4 Fig. 10, 12)
 $ python analyze.py transfer RUN... --recipients MODEL...     # one model's vectors in another (P4 Tables 1, 9 to 15)
-$ python analyze.py scale RUN       $ python analyze.py cost RUN...          # rank-1 LoRA by token (B App. D); costs (B Table 3)
+$ python analyze.py scale RUN       $ python analyze.py cost RUN...   # rank-1 LoRA by token (P1 abstract); costs (B Tables 3, 5)
 $ python analyze.py report                                    # one page of all figures under out/, beside the papers' numbers
 
 P1, P4: versions 1 and 4 of arXiv:2509.06608; B: arXiv:2505.18706. Numbers and figure go to RUN/figures/NAME.json and .png, with
 several runs to out/figures/. A command whose settings are those of the JSON there computes nothing and only draws (transfer
-loads its models again). Long analyses keep every condition in figures/parts/: an interrupted command is given again and goes on.
+loads its models again). All but patch and attention keep what they have in figures/parts/: an interrupted command goes on.
 
 Every problem counts once: intervals are 95 % bootstrap intervals over problems, and conditions share problems and random seeds.
 """
@@ -397,10 +397,12 @@ def lens(lab: Lab) -> dict:
         }
     best = max(found, key=lambda label: found[label]["cosine"][0][2])
     (by_cosine, _, cosine), (by_dot, dot, _) = found[best]["cosine"][0], found[best]["dot"][0]
+    down, lowest, _ = found[best]["lowest dot"][0]
     reading = (
         f"Layer {best}: the largest cosine is {cosine:.2f} with {quoted(by_cosine)}, the largest dot product {dot:.3g} with "
-        f"{quoted(by_dot)}. Of random directions 95 % stay below {chance:.2f} and {found[best]['chance dot']:.3g}. Reading "
-        "is not steering: a vector may steer where the lens shows nothing, and what it shows need not be what steers."
+        f"{quoted(by_dot)}, the lowest {lowest:.3g} with {quoted(down)}. Of random directions 95 % stay below {chance:.2f} and "
+        f"{found[best]['chance dot']:.3g}, upwards and downwards alike. Reading is not steering: a vector may steer where "
+        "the lens shows nothing, and what it shows need not be what steers."
     )
     return {"reading": reading, "chance": chance, "vectors": found}
 
@@ -1789,7 +1791,7 @@ PAPERS = {  # the papers' numbers for an analysis, keys of data/paper.json
     "orthogonal": ["P4.fig12"],
     "compose": ["P1.table2.qwen", "P1.table2.llama"],
     "transfer": ["P4.table1"],
-    "cost": ["B.table3"],
+    "cost": ["B.table3", "B.table5"],
 }
 
 
