@@ -992,31 +992,36 @@ def pair_gain(pair: dict, one: dict, other: dict, whole: dict) -> dict:
 def plot_compose(doc: dict, path: Path) -> None:
     layers, gains, halves = doc["found"]["layers"], doc["found"]["gains"], doc["found"].get("halves")
 
-    def grid(value, gains):
-        return [[value(gains[f"{i}+{j}"]) if f"{i}+{j}" in gains else np.nan for j in layers] for i in layers]
+    def share(gain):
+        return np.nan if gain["open"] else gain["share"]
 
     def over_single(gain):
         return 100 * gain["over_single"]["accuracy"]
 
     most = max(abs(over_single(gain)) for gain in gains.values()) or 1.0
-    panels = [("normalised gain (0: better single, 1: all layers)", lambda g: np.nan if g["open"] else g["share"], gains, 1)]
+    panels = [("normalised gain (0: better single, 1: all layers)", share, gains, 1.0)]
     panels += [("pair minus the better single (points)", over_single, gains, most)]
     panels += [("the same with half of each vector (points)", over_single, halves, most)] if halves else []
-    fig, axes = plt.subplots(1, len(panels), figsize=(4.5 * len(panels), 4.3), sharey=True, constrained_layout=True)
-    for ax, (title, value, given, limit) in zip(axes, panels):
-        heat(ax, grid(value, given), layers, layers, -limit, limit, beyond=limit == 1)
-        ax.set(xlabel="layer of one vector (0-based)")
+    rows = 2 if halves else 1
+    fig, axes = plt.subplots(rows, 2, figsize=(9, 4.3 * rows), sharey=True, constrained_layout=True, squeeze=False)
+    for ax in axes.flat[len(panels) :]:
+        ax.axis("off")
+    for ax, (title, value, given, limit) in zip(axes.flat, panels):
+        grid = np.full((len(layers), len(layers)), np.nan)
+        for y, x in zip(*np.triu_indices(len(layers), 1)):
+            gain = given.get(f"{layers[y]}+{layers[x]}")
+            cell = {"xy": (x - 0.5, y - 0.5), "width": 1, "height": 1, "linewidth": 0}
+            if gain is None:  # some of the papers' are lost
+                ax.add_patch(plt.Rectangle(**cell, facecolor="none", edgecolor="0.7", hatch="////"))
+                continue
+            grid[y, x] = value(gain)
+            if gain["open"] and value is share:
+                ax.add_patch(plt.Rectangle(**cell, facecolor="0.8"))
+            if gain["cross"]:
+                ax.plot(x, y, "x", color="black", ms=4)
+        heat(ax, grid, layers, layers, -limit, limit, beyond=value is share)
+        ax.set(xlabel="layer of one vector (0-based)", ylabel="layer of the other" if ax in axes[:, 0] else None)
         ax.set_title(title, fontsize=10)
-        for at in ((layers.index(i), layers.index(j)) for i in layers for j in layers if i < j):
-            gain = given.get(f"{layers[at[0]]}+{layers[at[1]]}")
-            cell = partial(plt.Rectangle, (at[1] - 0.5, at[0] - 0.5), 1, 1, linewidth=0)
-            if gain is None:
-                ax.add_patch(cell(facecolor="none", edgecolor="0.7", hatch="////"))
-            elif gain["open"] and ax is axes[0]:
-                ax.add_patch(cell(facecolor="0.8"))
-            if gain and gain["cross"]:
-                ax.plot(at[1], at[0], "x", color="black", ms=4)
-    axes[0].set(ylabel="layer of the other")
     fig.suptitle("Do vectors add up?")
     finish(fig, doc, path, "cross: 99 % of all layers or more; grey: all layers not clearly above the better single")
 
