@@ -59,8 +59,8 @@ Name = Literal[
     "lens", "shift", "prefix", "case", "ablate", "sweep", "persistence", "similarity", "compose", "sites", "orthogonal",
     "transfer", "scale", "cost", "patch", "attention", "report",
 ]  # fmt: skip
-FREE = ("name", "runs", "out", "draw", "device", "rows", "sampler", "vllm_memory", "tensor_parallel")  # settings that change no
-# number, or are kept in another form
+# settings that change no number, or are kept in another form
+FREE = ("name", "runs", "out", "draw", "device", "rows", "sampler", "vllm_memory", "tensor_parallel")
 HF_ONLY = ("transfer", "patch", "attention")  # several models, or hooks inside a block: the Hugging Face model samples
 ONE_RUN = ("shift", "prefix", "case", "ablate", "scale", "attention")
 
@@ -845,7 +845,7 @@ def with_weights(lab: Lab, run: Run) -> Lab:
             started.push_weights(lab.llm)
         return started
 
-    return lab._replace(engine=cache(engine), state=lab.state | {"weights": stamp(run.folder, run.config)})
+    return lab._replace(engine=cache(engine), state=lab.state | {"weights": model.stamp(run.folder, run.config)})
 
 
 def sweep(lab: Lab) -> dict:
@@ -938,7 +938,7 @@ def compose(lab: Lab) -> dict:
 
     norm(s_i, s_j) = (Acc(s_i, s_j) - max(Acc(s_i), Acc(s_j))) / (Acc(all layers) - max(Acc(s_i), Acc(s_j))).
 
-    With --controls every pair again with half of each vector: two shifts that are alike add up to one that is too large.
+    With --controls every pair again with half of each vector: does a pair do worse because two shifts add up to too much?
     """
     runs, whole = singles_and_all(lab)
     if whole is None or len(runs) < 2:
@@ -2025,19 +2025,6 @@ def read_config(folder: str) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def stamp(run: str | Path, config: dict) -> str:
-    """What a run's vectors are told from others by: a checksum; of all weights names, sizes and times, for they are large."""
-    if config.get("method") == "full":
-        files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(Path(run).glob("weights/*.safetensors"))]
-        if not files:
-            sys.exit(f"no weights in {run}/weights: train.py with --resume goes on with that run")
-        return str(files)
-    path = Path(run) / "vectors.safetensors"
-    if not path.is_file():
-        sys.exit(f"no vectors at {path}: train some first, for example `python train.py --layer 27`")
-    return checksum(path.read_bytes())
-
-
 def label_of(config: dict) -> str:
     """What the config says about a run's vectors: "27", "26, attention", "14, orthogonal to 2"."""
     label = str(config.get("layer", "?"))
@@ -2046,8 +2033,7 @@ def label_of(config: dict) -> str:
     if config.get("method") == "lora":
         label += f", LoRA of rank {config['rank']}"
     if config.get("orthogonal_to"):
-        others = config["orthogonal_to"]
-        label += f", orthogonal to {1 if isinstance(others, str) else len(others)}"  # earlier vectors
+        label += f", orthogonal to {len(config['orthogonal_to'])}"  # earlier vectors
     return label
 
 
@@ -2126,7 +2112,7 @@ def measured(args: Config, folder: Path, old: dict | None) -> dict:
     full = [run for run, config in configs.items() if config.get("method") == "full"]
     if full and (args.name != "sweep" or len(full) == len(configs) or args.tensor_parallel > 1):
         sys.exit(f"{full[0]} has all weights, no vectors: sweep takes one beside single-layer runs, without --tensor-parallel")
-    stamps = {run: stamp(run, config) for run, config in configs.items()}
+    stamps = {run: model.stamp(run, config) for run, config in configs.items()}
     first = next(iter(configs.values()))
     args = replace(args, n=args.cases) if args.name == "case" else args
     rows = problems_of(args, first)[: args.n]

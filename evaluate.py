@@ -217,19 +217,13 @@ def main(args: Config) -> dict:
     vectors, base_folder = {}, Path(args.out or f"out/{Path(name).resolve().name}-base")
     folder, state = base_folder, {"step": 0, "vectors": None}
     full = run.get("method") == "full"
-    if full:
-        path = Path(args.run) / "weights"
-        files = sorted(path.glob("*.safetensors"))
-        if not files:
-            sys.exit(f"no weights in {path}: the run did not get that far; train.py with --resume goes on with it")
-        # size and time, since a checksum would read the whole model
-        state = {"step": 0, "vectors": str([(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files])}
-        folder = Path(args.out or args.run)
-    elif args.run is not None:
-        path = Path(args.run) / "vectors.safetensors"
-        vectors, meta = model.load_vectors(path, llm, name)
-        # the file's checksum, so that a run that was trained on or again is measured again
-        folder, state = Path(args.out or args.run), {"step": int(meta["step"]), "vectors": f"{zlib.crc32(path.read_bytes()):08x}"}
+    if full and args.tensor_parallel > 1:
+        sys.exit(f"--tensor-parallel wants 1 for {args.run}: all weights of a run reach vLLM within one process only")
+    if args.run is not None:
+        folder, state["vectors"] = Path(args.out or args.run), model.stamp(args.run, run)
+    if args.run is not None and not full:
+        vectors, meta = model.load_vectors(Path(args.run) / "vectors.safetensors", llm, name)
+        state["step"] = int(meta["step"])
     # what the model was made for, at most the papers' 32K: 4,096 for Qwen2.5-Math
     context = args.context or min(32768, llm.config.max_position_embeddings)
     max_tokens = args.max_tokens or run.get("max_tokens") or (80 if name in model.FAMILY else None)

@@ -89,6 +89,21 @@ def fingerprint(llm) -> str:
     return f"{zlib.crc32(b''.join(some)):08x}"
 
 
+def stamp(run: str | Path, config: dict) -> str:
+    """
+    What tells a run's vectors from those of other runs, or of the same run trained on: a checksum of the file.
+
+    Of all weights (--method full) names, sizes and times, since a checksum would read the whole model. Exits if there are none.
+    """
+    full = config.get("method") == "full"
+    files = sorted(Path(run).glob("weights/*.safetensors" if full else "vectors.safetensors"))
+    if not files:
+        sys.exit(f"no {'weights' if full else 'vectors'} in {run}: the run did not get that far, --resume goes on with it")
+    if full:
+        return str([(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files])
+    return f"{zlib.crc32(files[0].read_bytes()):08x}"
+
+
 @torch.no_grad()
 def replace_weights(llm, name: str) -> None:
     """Give a loaded model the weights of another of the same shape. name: as for `load`."""

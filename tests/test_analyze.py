@@ -340,7 +340,7 @@ def runs(tmp_path_factory):
         return str(folder / name)
 
     made = {"a": run("a", [3]), "b": run("b", [20]), "two": run("two", [3, 20]), "all": run("all", range(28), layer="all")}
-    made["site"] = run("site", [20], orthogonal_to="out/b")
+    made["site"] = run("site", [20], orthogonal_to=["out/b"])
     for name in ("a", "all"):
         costs = {"method": "vector", "trained_parameters": 64 if name == "a" else 1792, "optimizer_bytes": 512,
                  "update_seconds": 0.5, "sync_seconds": 0.001, "sampler": "hf"}  # fmt: skip

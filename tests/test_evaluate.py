@@ -156,10 +156,17 @@ def test_own_data_and_table(run, tmp_path, capsys):
 
 
 def test_errors_give_one_line(tmp_path):
+    for folder, method in (("full", "full"), ("vector", "vector")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "config.json").write_text(json.dumps({"model": "tiny", "method": method}))
+    (tmp_path / "full" / "weights").mkdir()
     for wrong, message in [
         ({}, "either a run folder"),
         ({"run": "x", "model": "tiny"}, "either a run folder"),
         ({"run": str(tmp_path)}, "a run folder of train.py holds config.json"),
+        ({"run": str(tmp_path / "full")}, "no weights in .*--resume"),
+        ({"run": str(tmp_path / "vector")}, "no vectors in .*--resume"),
+        ({"run": str(tmp_path / "full"), "tensor_parallel": 2}, "--tensor-parallel wants 1"),
         ({"model": "tiny", "problems": 0}, "--problems wants at least 1, got 0"),
         ({"model": "tiny", "temperatures": (-1.0,)}, "--temperatures wants one or more"),
         ({"model": "some/other"}, "--benchmarks NAME... or --data FILE is needed"),
