@@ -37,8 +37,7 @@ MAX_MEMORY = 4 << 30  # bytes of address space of one worker
 log = logging.getLogger(__name__)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Extract
+# ------------------------------------------------------------------------------------------------------------- extract
 
 
 def last_boxed(text: str) -> str | None:
@@ -58,8 +57,7 @@ def last_boxed(text: str) -> str | None:
     return None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Normalise
+# ----------------------------------------------------------------------------------------------------------- normalise
 
 UNIT = r"[a-z]{4,}|[ckm]m|k?g|m[lgi]|ft|in|lbs?|oz|hrs?|min|sec|mph|days?|yen"  # not m, s, t, h: they are variables too
 TH = r"\s*(?:st|nd|rd|th)\s*"
@@ -126,8 +124,7 @@ def number(answer: str) -> Fraction | None:
     return Fraction(sign + digits.replace(",", "")) * Fraction(10) ** int(exponent or 0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Compare
+# ------------------------------------------------------------------------------------------------------------- compare
 
 
 def decide(answer: str, gold: str) -> bool | None:
@@ -221,8 +218,7 @@ def far_apart(a, b) -> bool:
     return distance.is_Float and size.is_Float and bool(distance > 1e-4 * size)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Grade
+# --------------------------------------------------------------------------------------------------------------- grade
 
 _idle = queue.SimpleQueue()  # worker processes that wait for work
 _timeouts = 0
@@ -317,9 +313,16 @@ def serve() -> None:
         same = equal(answer, gold)
         signal.setitimer(signal.ITIMER_PROF, 0)
         print(int(same), file=replies, flush=True)
-        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if sys.platform == "linux" else 1)  # bytes
-        if used > MAX_MEMORY / 4:
+        if peak_memory() > MAX_MEMORY / 4:
             break  # retire: sympy's caches keep results, and Math-Verify turns a later MemoryError into "not equal"
+
+
+def peak_memory() -> int:
+    """The most bytes that this process has held."""
+    if sys.platform == "linux":  # where ru_maxrss begins with the parent's, and a parent that trains has many
+        with open("/proc/self/status") as file:
+            return int(re.search(r"Vm(?:HWM|RSS):\s*(\d+) kB", file.read())[1]) << 10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 @atexit.register
@@ -329,32 +332,6 @@ def stop_workers() -> None:
         worker = _idle.get()
         worker.kill()
         worker.communicate()
-
-
-def bootstrap(correct: list[list[float]], seed: int = 0, draws: int = 10_000):
-    """
-    Accuracies of `draws` resampled sets of questions, an array: whole questions, as the samples of one are not independent.
-
-    correct: [question][sample], 0 or 1 (or differences). The accuracy is the mean of the questions' means.
-    """
-    import numpy as np  # here, because workers need no numpy
-
-    means = np.array([np.mean(row) for row in correct])  # (questions,)
-    picks = np.random.default_rng(seed).integers(len(means), size=(draws, len(means)))
-    return means[picks].mean(1)
-
-
-def percentiles(draws) -> tuple[float, float]:
-    """(low, high) of the 95 % percentile interval of bootstrap draws."""
-    import numpy as np
-
-    low, high = np.percentile(draws, [2.5, 97.5])
-    return float(low), float(high)
-
-
-def interval(correct: list[list[float]], seed: int = 0) -> tuple[float, float]:
-    """95 % bootstrap interval of the accuracy over questions: (low, high)."""
-    return percentiles(bootstrap(correct, seed))
 
 
 if __name__ == "__main__":

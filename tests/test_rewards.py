@@ -2,7 +2,6 @@
 
 import json
 import logging
-import math
 import os
 import subprocess
 import sys
@@ -249,6 +248,9 @@ def test_worker_memory_is_bounded():
     setup = "rewards.MAX_MEMORY = 600 << 20; rewards.equal = lambda a, g: len('x' * (200 << 20)) > 0"
     done = serve(setup, ["x", "y", 5], ["x", "y", 5])
     assert (done.stdout, done.returncode) == ("1\n", 0)  # it retires after one large answer
+    ballast = b"x" * (200 << 20)  # what the parent holds is not the worker's: a run of 7B holds more than a worker may
+    done = serve("rewards.MAX_MEMORY = 600 << 20; rewards.equal = lambda a, g: True", ["x", "y", 5], ["x", "y", 5])
+    assert (done.stdout, done.returncode, len(ballast)) == ("1\n1\n", 0, 200 << 20)
 
 
 def test_worker_that_retired_is_replaced_and_a_bug_is_not_hidden():
@@ -290,21 +292,3 @@ def test_works_in_a_script_without_main_guard(tmp_path):
     )
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60)
     assert (done.stdout, done.stderr) == ("started\n[1.0, 0.0]\n", "")  # workers do not run the script, and end quietly
-
-
-def test_interval():
-    # 100 questions, one answer each, 30 right: standard error sqrt(0.3 * 0.7 / 100) of the mean, normal approximation
-    low, high = rewards.interval([[1.0]] * 30 + [[0.0]] * 70)
-    half = 1.96 * math.sqrt(0.3 * 0.7 / 100)
-    assert low == pytest.approx(0.3 - half, abs=0.011) and high == pytest.approx(0.3 + half, abs=0.011)
-
-
-def test_interval_is_over_questions():
-    # 4 samples of a question that agree are one fact, not four: repeating them leaves the interval as it is
-    answers = [[1.0]] * 8 + [[0.0]] * 12
-    assert rewards.interval([row * 4 for row in answers]) == rewards.interval(answers)
-    assert rewards.interval([[1.0, 0.0]] * 20) == (0.5, 0.5)  # no difference between questions
-    assert rewards.interval([[1.0], [0.0, 0.0, 0.0]])[1] == 1.0  # each question has the same weight
-    assert rewards.interval(answers) == rewards.interval(answers)  # seeded
-    a, b = (rewards.bootstrap(answers, seed, draws=50) for seed in (0, 1))
-    assert len(a) == 50 and (a != b).any() and (a == rewards.bootstrap(answers, 0, draws=50)).all()
