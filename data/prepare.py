@@ -1,16 +1,19 @@
 r"""
-Fetch the problems that the papers train on and measure with: data/NAME.jsonl, a line {"id", "problem", "answer"} for each.
+Fetch the problems that the papers train on and measure with: data/NAME.jsonl, a line {"id", "problem", "answer"} for
+each.
 
-$ python data/prepare.py math500 gsm8k                          # from the Hugging Face hub (pip install datasets==5.2.0)
-$ python data/prepare.py all                                    # all sets; those that are there already stay as they are
+$ python data/prepare.py math500 gsm8k                          # from the hub (pip install datasets==5.2.0)
+$ python data/prepare.py all                                    # all sets; those that are there stay as they are
 $ python data/prepare.py deepscaler --drop-contaminated         # without problems of the benchmarks in data/
 $ python data/prepare.py math500 --from test.jsonl              # from a local jsonl, json or parquet file, no network
 
-Benchmarks: aime24, aime25, amc23, math500, minerva, olympiad, gsm8k_test. Training sets: gsm8k, math, deepscaler, open-s1.
+Benchmarks: aime24, aime25, amc23, math500, minerva, olympiad, gsm8k_test. Training sets: gsm8k, math, deepscaler,
+open-s1.
 
-Golds are cleaned (see clean) as far as rewards.py does not read them anyway. It reads Minerva's 4.5e33, np.arcsin(10/13),
--1./3 and \exp{a*t}, and Olympiad's $69$,$84$, which is one gold: an answer must have both. The papers train on all rows of
-DeepScaleR, one epoch in 314 steps of 128 prompts: a row is left out only if it has no gold, or if an option below says so.
+Golds are cleaned (see clean) as far as rewards.py does not read them anyway. It reads Minerva's 4.5e33,
+np.arcsin(10/13), -1./3 and \exp{a*t}, and Olympiad's $69$,$84$, which is one gold: an answer must have both. The papers
+train on all rows of DeepScaleR, one epoch in 314 steps of 128 prompts: a row is left out only if it has no gold, or if
+an option below says so.
 """
 
 import hashlib
@@ -43,14 +46,14 @@ SOURCES = {  # name: (hub id, configs, split, field of the problem, field of the
     "open-s1": ("knoveleng/open-s1", [None], "train", "problem", "solution", [18615]),  # rows: its dataset card
 }
 BENCHMARKS = list(SOURCES)[:7]  # they come first, so that `all` can compare the training sets with them
-REVISIONS = {  # commits that public code, named or not, pins beside these ids; they were not looked up at the hub itself
-    "HuggingFaceH4/aime_2024": "2fe88a2f1091d5048c0f36abc874fb997b3dd99a",  # aethercompute/aether-rl deepscaler_v1/taskset.py
+REVISIONS = {  # commits that public code, named or not, pins beside these ids; not looked up at the hub itself
+    "HuggingFaceH4/aime_2024": "2fe88a2f1091d5048c0f36abc874fb997b3dd99a",  # aethercompute/aether-rl taskset.py
     "agentica-org/DeepScaleR-Preview-Dataset": "b6ae8c60f5c1f2b594e2140b91c49c9ad0949e29",  # the same file
     "math-ai/aime25": "563bb8404243c5f09de6ec262f2db674fe5bce9b",  # allenai/open-instruct prepare_eopd_math_prompts.py
     "math-ai/amc23": "80815d37005feb82cd7f8fbc6901d5d3eff43057",  # the same file
     "HuggingFaceH4/MATH-500": "6e4ed1a2a79af7d8630a6b768ec859cb5af4d3be",  # the same file
     "math-ai/minervamath": "ee46ddc498933b1977577953250ca5c66be64f96",  # the same file
-    "Hothan/OlympiadBench": "91184b52131e7fc9455fef848035173aea8cc01a",  # several evaluation scripts, which state 674 rows
+    "Hothan/OlympiadBench": "91184b52131e7fc9455fef848035173aea8cc01a",  # evaluation scripts, which state 674 rows
     "openai/gsm8k": "740312add88f781978c0658806c59bc2815b9866",  # dozens of repositories
     "EleutherAI/hendrycks_math": "21a5633873b6a120296cce3e2df9d5550074f4a3",  # dozens of repositories
     "knoveleng/open-s1": "main",  # none found; the commit that main stands for is printed
@@ -60,7 +63,7 @@ REVISIONS = {  # commits that public code, named or not, pins beside these ids; 
 @dataclass
 class Config:
     names: tyro.conf.Positional[tuple[str, ...]]  # sets to prepare, or all
-    source: Annotated[Path | None, tyro.conf.arg(name="from")] = None  # local file to take instead, with exactly one name
+    source: Annotated[Path | None, tyro.conf.arg(name="from")] = None  # local file instead, with exactly one name
     out: Path = HERE                       # folder of NAME.jsonl
     force: bool = False                    # make sets again that are there already
     drop_contaminated: bool = False        # leave out training problems that a benchmark in the folder has
@@ -80,7 +83,7 @@ def load_hub(hub: str, config: str | None, split: str, revision: str) -> tuple[l
         builder = datasets.load_dataset_builder(hub, config, revision=revision)  # load_dataset, but it knows its commit
         builder.download_and_prepare()
         return builder.as_dataset(split=split).to_list(), builder.hash
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:  # offline, no such config or split, damaged
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:  # offline, no such split, damaged
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         sys.exit(f"could not load {hub} from the hub, --from takes a local file instead ({reason})")
 
@@ -100,7 +103,7 @@ def read_file(path: Path) -> list:
             rows = json.loads(text)
         else:
             rows = []
-            for number, line in enumerate(text.rstrip("\n").split("\n"), 1):  # splitlines also splits at Unicode separators
+            for number, line in enumerate(text.rstrip("\n").split("\n"), 1):  # splitlines splits at more
                 where = f"{path}, row {number}"
                 rows.append(json.loads(line))
     except ImportError as error:
@@ -116,7 +119,7 @@ def read_file(path: Path) -> list:
 
 
 def boxed(solution: str) -> str:
-    r"""The gold of a solution, "" if it has none: "\boxed{3}? No, \boxed{4}." -> "4". MATH has $\boxed 4$ and \fbox{4}, too."""
+    r"""The gold of a solution, or "": "\boxed{3}? No, \boxed{4}." -> "4". MATH has $\boxed 4$ and \fbox{4}, too."""
     solution = re.sub(r"\\fbox(?=\s*\{)", r"\\boxed", solution)
     return rewards.last_boxed(re.sub(r"\\boxed\s+([^${}\\]+)\$", r"\\boxed{\1}$", solution)) or ""
 
@@ -176,7 +179,7 @@ def letters(problem: str) -> str:
 
 
 def check_training(rows: list[dict], args: Config) -> list[dict]:
-    """Count problems that a benchmark in the folder has, too, and problems with different golds; drop them if asked to."""
+    """Count problems that a benchmark in the folder has, and those with different golds; drop them if asked to."""
     golds, shared, dirty = {}, [], set()
     for row in rows:
         golds.setdefault(letters(row["problem"]), set()).add(str(row["answer"]))
@@ -190,13 +193,16 @@ def check_training(rows: list[dict], args: Config) -> list[dict]:
     conflicting = {problem for problem, different in golds.items() if len(different) > 1}
     drop = (dirty if args.drop_contaminated else set()) | (conflicting if args.drop_conflicting else set())
     kept = [row for row in rows if letters(row["problem"]) not in drop]
-    print(f"  {len(golds)} different problems; {len(conflicting)} have different golds; in benchmarks: {', '.join(shared)}")
+    print(
+        f"  {len(golds)} different problems; {len(conflicting)} have different golds; "
+        f"in benchmarks: {', '.join(shared)}"
+    )
     print(f"  rows dropped: {len(rows) - len(kept)} (--drop-contaminated and --drop-conflicting decide)")
     return kept
 
 
 def prepare(name: str, args: Config) -> None:
-    """Make one set; ids are the numbers of the rows of the source, from 1. Its file is replaced only when all is ready."""
+    """Make one set; ids are the numbers of the source's rows, from 1. Its file is replaced when all is ready."""
     path = args.out / f"{name}.jsonl"
     if path.exists() and not args.force:
         return print(f"{name}: {path} is there already, left as it is (--force makes it again)")
@@ -207,19 +213,27 @@ def prepare(name: str, args: Config) -> None:
         parts = [load_hub(hub, config, split, REVISIONS[hub]) for config in configs]
         raw, origin = [row for part, _ in parts for row in part], f"{hub} at {parts[0][1]}"
     wanted = " or ".join(map(str, expected))
-    print(f"{name}: {len(raw)} rows of {origin}, expected {wanted}" + ("" if len(raw) in expected else ": WARNING, they differ"))
+    print(
+        f"{name}: {len(raw)} rows of {origin}, expected {wanted}"
+        + ("" if len(raw) in expected else ": WARNING, they differ")
+    )
 
     rows, changed, without = [], 0, []
     for number, row in enumerate(raw, 1):
         problem, golds, cleaned = read_row(name, row, f"{name}, row {number} of {origin}")
         changed += golds != cleaned
         if cleaned:
-            rows.append({"id": f"{name}-{number}", "problem": problem, "answer": cleaned if len(cleaned) > 1 else cleaned[0]})
+            rows.append(
+                {"id": f"{name}-{number}", "problem": problem, "answer": cleaned if len(cleaned) > 1 else cleaned[0]}
+            )
         else:
             without.append(number)
     if not rows:
         sys.exit(f"{name}: no row of {origin} has a gold")
-    print(f"  golds cleaned: {changed}; rows without a gold, left out: {len(without)}" + (f", {without[:10]}" if without else ""))
+    print(
+        f"  golds cleaned: {changed}; rows without a gold, left out: {len(without)}"
+        + (f", {without[:10]}" if without else "")
+    )
     if name not in BENCHMARKS:
         rows = check_training(rows, args)
 

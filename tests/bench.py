@@ -2,7 +2,7 @@
 Tokens per second of model.sample against the same model's `generate`, in turn, in one process.
 
 $ python tests/bench.py                    # the embedded model, 32 problems x 16 samples, as in a step of train.py
-$ python tests/bench.py --vectors out/tiny-layer27/vectors.safetensors      # the steered model: longer, more even answers
+$ python tests/bench.py --vectors out/tiny-layer27/vectors.safetensors  # steered: longer, more even answers
 """
 
 import statistics
@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import model  # noqa: E402
+from data.problems import problems_of  # noqa: E402
 
 
 @dataclass
@@ -49,8 +50,8 @@ def main(args: Config) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     llm, tokenizer = model.load(args.model)
-    vectors = model.load_vectors(args.vectors, llm)[0] if args.vectors else {}
-    rows = model.read_problems(model.TINY / "test.jsonl")[: args.prompts]
+    vectors = model.load_vectors(args.vectors, llm.config)[0] if args.vectors else {}
+    rows = problems_of(model.TINY / "test.jsonl").rows[: args.prompts]
     prompts, stop = [model.prompt_ids(tokenizer, row["problem"]) for row in rows], model.stop_ids(llm, tokenizer)
     speeds = {"generate": [], "sample": []}
     for i in range(args.rounds + 1):

@@ -4,9 +4,10 @@ Time and memory of a training step's gradient against a plain forward pass of th
 $ python tests/bench_train.py --shape 7b                       # Qwen2.5-7B's shape, one GPU
 $ python tests/bench_train.py --shape small --device cpu --tokens 4096 --context 512 --dtype float32
 
-One row a layer: seconds of the gradient (accumulate_gradient: forward pass, head, backward pass down to the vector), tokens
-a second, its ratio to "forward" (the same tokens through the same model and head without a gradient), the share of the
-device's peak that the necessary operations are (recomputed ones do not count), and the peak of memory above the weights.
+One row a layer: seconds of the gradient (accumulate_gradient: forward pass, head, backward pass down to the vector),
+tokens a second, its ratio to "forward" (the same tokens through the same model and head without a gradient), the share
+of the device's peak that the necessary operations are (recomputed ones do not count), and the peak of memory above the
+weights.
 """
 
 import sys
@@ -87,7 +88,7 @@ def main(args: Config) -> None:
 
     def forward():
         with torch.no_grad():
-            for batch in train.micro_batches([args.context] * len(ids), args.micro_tokens):
+            for batch in model.batches([args.context] * len(ids), args.micro_tokens):
                 model.token_logps(llm, [prompts[i] for i in batch], [completions[i] for i in batch])
 
     def measure(run):
@@ -98,7 +99,8 @@ def main(args: Config) -> None:
         return seconds, (torch.cuda.max_memory_allocated() - before) / 2**30 if cuda else float("nan")
 
     weights = sum(p.numel() * p.element_size() for p in llm.parameters()) / 2**30
-    print(f"{args.shape}: {weights:.1f} GiB of weights, {len(ids)} rows of {args.context} tokens, {args.dtype}, {args.device}")
+    rows = f"{len(ids)} rows of {args.context} tokens"
+    print(f"{args.shape}: {weights:.1f} GiB of weights, {rows}, {args.dtype}, {args.device}")
     print(f"{'':10}{'seconds':>9}{'tokens/s':>10}{'ratio':>7}{'of peak':>9}{'GiB above weights':>19}")
     plain = None
     for layer in (None, *args.layers):
@@ -112,8 +114,8 @@ def main(args: Config) -> None:
             ))  # fmt: skip
         share = operations(llm, prompts, completions, layer) / seconds / args.peak
         name = "forward" if layer is None else f"layer {layer}"
-        speed = args.tokens / seconds
-        print(f"{name:10}{seconds:9.3f}{speed:10.0f}{seconds / plain:7.3f}{100 * share:8.1f}%{memory:19.2f}", flush=True)
+        line = f"{name:10}{seconds:9.3f}{args.tokens / seconds:10.0f}{seconds / plain:7.3f}"
+        print(f"{line}{100 * share:8.1f}%{memory:19.2f}", flush=True)
 
 
 if __name__ == "__main__":

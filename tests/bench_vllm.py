@@ -1,8 +1,9 @@
 """
-Tokens per second of vLLM with steering vectors against stock vLLM, in turn in one process, and the time of changing vectors.
+Tokens per second of vLLM with steering vectors against stock vLLM, in turn in one process, and the time of changing
+vectors.
 
 $ python tests/bench_vllm.py                     # embedded model; --model for another
-$ VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind OMP_NUM_THREADS=1 python tests/bench_vllm.py --eager   # on a CPU
+$ VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind python tests/bench_vllm.py --eager   # on a CPU
 """
 
 import statistics
@@ -16,6 +17,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import model  # noqa: E402
+from data.problems import problems_of  # noqa: E402
 
 
 @dataclass
@@ -23,7 +25,7 @@ class Config:
     model: str = "tiny"                    # embedded model, local folder or hub id
     prompts: int = 32                      # problems
     samples: int = 16                      # answers to each
-    max_tokens: int = 60                   # tokens of every answer: none ends earlier, so that both make the same number
+    max_tokens: int = 60                   # tokens of every answer: none ends earlier, so both make the same number
     context: int = 512                     # tokens of prompt and answer
     memory: float = 0.4                    # share of the GPU's memory, for each of the two engines
     rounds: int = 5                        # pairs of measurements, after one that does not count
@@ -40,7 +42,7 @@ def main(args: Config) -> None:
         name, dtype=str(llm.dtype).removeprefix("torch."), max_model_len=args.context, max_num_seqs=512,
         gpu_memory_utilization=args.memory, enforce_eager=args.eager, disable_log_stats=True,
     )  # fmt: skip
-    rows = model.read_problems(model.TINY / "test.jsonl")[: args.prompts]
+    rows = problems_of(model.TINY / "test.jsonl").rows[: args.prompts]
     requests = [{"prompt_token_ids": model.prompt_ids(tokenizer, row["problem"])} for row in rows]
     width, depth = llm.config.hidden_size, len(model.decoder_layers(llm))
     vectors = {layer: torch.randn(width) for layer in range(depth)}

@@ -1,11 +1,14 @@
-"""Random 3-layer models that every test can afford; all sizes pairwise different, so that a swapped axis cannot pass."""
+"""Random 3-layer models that every test can afford; all sizes differ, so that a swapped axis cannot pass."""
 
+import os
 import sys
 from pathlib import Path
 
-import pytest
-import torch
-from transformers import (
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: no test may need a download
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from transformers import (  # noqa: E402
     AutoModelForCausalLM,
     AutoTokenizer,
     Gemma2Config,

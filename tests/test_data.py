@@ -11,8 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 
-import model
 import rewards
+from data.problems import problems_of
 
 ROOT = Path(rewards.__file__).parent
 sys.path.insert(0, str(ROOT / "data"))
@@ -121,13 +121,15 @@ HUB = {
         ["0.2", "69", "1, 3", "7"],
     ),
     "gsm8k_test": (
-        [{"question": "Her savings?", "answer": "She has <<1200+34=1234>>1,234.\n#### 1,234"}], ["1234"], ["1,234"], ["1200"]
+        [{"question": "Her savings?", "answer": "She has <<1200+34=1234>>1,234.\n#### 1,234"}],
+        ["1234"], ["1,234"], ["1200"]
     ),
     "gsm8k": ([{"question": "Clips?", "answer": "48 + 24 = 72 #### 72"}], ["72"], ["72"], ["48"]),
     "math": ([{"problem": "A root?", "solution": r"\boxed{1}? $\boxed{\sqrt{2}}$", "level": "Level 1"}], [r"\sqrt{2}"],
              [r"\sqrt 2"], ["1"]),
     "deepscaler": (
-        [{"problem": "A share?", "answer": r"$\frac{40}{9}$", "solution": "..."}, {"problem": "A fee?", "answer": r"\$150"}],
+        [{"problem": "A share?", "answer": r"$\frac{40}{9}$", "solution": "..."},
+         {"problem": "A fee?", "answer": r"\$150"}],
         [r"$\frac{40}{9}$", r"\$150"], [r"\frac{40}{9}", "150"], [r"\frac{40}{7}", "15"],
     ),
     "open-s1": (
@@ -179,7 +181,7 @@ def test_every_set_from_the_hub(hub, tmp_path, capsys):
     run(tmp_path, "all")
     completions, golds, expected = [], [], []
     for name, (rows, want, right, wrong) in HUB.items():
-        problems = model.read_problems(tmp_path / f"{name}.jsonl")
+        problems = problems_of(tmp_path / f"{name}.jsonl").rows
         assert [row["answer"] for row in problems] == want
         assert [row["problem"] for row in problems] == [row.get("problem", row.get("question")) for row in rows]
         assert [row["id"] for row in problems] == [f"{name}-{i}" for i in range(1, len(rows) + 1)]
@@ -194,7 +196,9 @@ def test_every_set_from_the_hub(hub, tmp_path, capsys):
     assert ("Hothan/OlympiadBench", "OE_TO_maths_en_COMP", "train", prepare.REVISIONS["Hothan/OlympiadBench"]) in hub
     assert len({config for name, config, *_ in hub if name == "EleutherAI/hendrycks_math"}) == 7
     printed = capsys.readouterr().out
-    assert "1 rows of HuggingFaceH4/aime_2024 at abc123, expected 30: WARNING, they differ\n  golds cleaned: 1;" in printed
+    assert (
+        "1 rows of HuggingFaceH4/aime_2024 at abc123, expected 30: WARNING, they differ\n  golds cleaned: 1;" in printed
+    )
     assert re.search(r"wrote \S+aime24.jsonl: 1 problems, sha256 [0-9a-f]{64}\n", printed)
     assert not list(tmp_path.glob("*.tmp"))
 
@@ -216,8 +220,11 @@ ROWS = [
 def save(path, rows):
     if path.suffix == ".parquet":
         pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-        rows = [row | {"answer": [str(a) for a in row["answer"]] if isinstance(row["answer"], list) else [str(row["answer"])]}
-                for row in rows]  # a column has one type
+        rows = [
+            row
+            | {"answer": [str(a) for a in row["answer"]] if isinstance(row["answer"], list) else [str(row["answer"])]}
+            for row in rows
+        ]  # a column has one type
         parquet.write_table(pa.Table.from_pylist(rows), path)
     elif path.suffix == ".json":
         path.write_text(json.dumps(rows), encoding="utf-8")
@@ -230,7 +237,7 @@ def save(path, rows):
 def test_from_file(ending, tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "load_hub", None)  # never called
     run(tmp_path / "new" / "out", "olympiad", source=save(tmp_path / f"mine.{ending}", ROWS))
-    rows = model.read_problems(tmp_path / "new" / "out" / "olympiad.jsonl")  # splits at \u2028 if it is written as it is
+    rows = problems_of(tmp_path / "new" / "out" / "olympiad.jsonl").rows  # splits at \u2028 if it is written as it is
     assert [row["problem"] for row in rows] == [row["problem"] for row in ROWS]
     assert [row["answer"] for row in rows] == ["7", ["2", "n=2"], "12"]
     assert [row["id"] for row in rows] == ["olympiad-1", "olympiad-2", "olympiad-3"]
@@ -278,7 +285,9 @@ def test_a_failure_midway_leaves_the_old_file(method, hub, tmp_path, monkeypatch
 def test_a_failing_set_leaves_the_others(hub, tmp_path, monkeypatch):
     rows = HUB["gsm8k"][0] + [{"question": "Lost?", "answer": "no mark"}]
     monkeypatch.setitem(HUB, "gsm8k", (rows, *HUB["gsm8k"][1:]))
-    assert "gsm8k, row 2 of openai/gsm8k at abc123: wanted the answer after ####" in error_of(tmp_path, "gsm8k", "math500")
+    assert "gsm8k, row 2 of openai/gsm8k at abc123: wanted the answer after ####" in error_of(
+        tmp_path, "gsm8k", "math500"
+    )
     assert read(tmp_path, "math500") and not (tmp_path / "gsm8k.jsonl").exists()  # the benchmark came first
 
 
@@ -299,9 +308,21 @@ GOOD = {"problem": "One?", "answer": "1"}
         ("math500", [{"problem": 5, "answer": "2"}], "row 1 of PATH: wanted a text in the field problem, got 5"),
         ("math500", [{"problem": "?", "answer": True}], "a number or a list of them in the field answer, got True"),
         ("math500", [{"problem": "?", "answer": {"a": 1}}], "a list of them in the field answer, got {'a': 1}"),
-        ("olympiad", [{"question": "?", "final_answer": [["1"]]}], "a list of them in the field final_answer, got [['1']]"),
-        ("gsm8k", [{"question": "?", "answer": "It is 4."}], "row 1 of PATH: wanted the answer after ####, got 'It is 4.'"),
-        ("math500", [{"problem": "?", "answer": ""}, {"problem": "!", "answer": None}], "math500: no row of PATH has a gold"),
+        (
+            "olympiad",
+            [{"question": "?", "final_answer": [["1"]]}],
+            "a list of them in the field final_answer, got [['1']]",
+        ),
+        (
+            "gsm8k",
+            [{"question": "?", "answer": "It is 4."}],
+            "row 1 of PATH: wanted the answer after ####, got 'It is 4.'",
+        ),
+        (
+            "math500",
+            [{"problem": "?", "answer": ""}, {"problem": "!", "answer": None}],
+            "math500: no row of PATH has a gold",
+        ),
         ("math", [{"problem": "?", "solution": "Trivial."}], "math: no row of PATH has a gold"),
     ],
 )
@@ -333,7 +354,9 @@ def test_broken_or_unreadable_parquet(tmp_path, monkeypatch):
     if importlib.util.find_spec("pyarrow"):
         assert error_of(tmp_path, "math500", source=path).startswith(f"{path}: wanted parquet (")
     monkeypatch.setitem(sys.modules, "pyarrow", None)  # as if it were not installed
-    assert error_of(tmp_path, "math500", source=path).startswith(f"wanted the package pyarrow to read {path}: pip install")
+    assert error_of(tmp_path, "math500", source=path).startswith(
+        f"wanted the package pyarrow to read {path}: pip install"
+    )
 
 
 def test_names(tmp_path):
@@ -345,7 +368,12 @@ def test_names(tmp_path):
 
 
 def test_rows_without_a_gold_are_left_out(tmp_path, capsys):
-    rows = [GOOD, {"problem": "Two?", "answer": ""}, {"problem": "Three?", "answer": None}, {"problem": "Four?", "answer": "4"}]
+    rows = [
+        GOOD,
+        {"problem": "Two?", "answer": ""},
+        {"problem": "Three?", "answer": None},
+        {"problem": "Four?", "answer": "4"},
+    ]
     run(tmp_path, "deepscaler", source=write_jsonl(tmp_path / "rows.jsonl", rows))
     assert [row["id"] for row in read(tmp_path, "deepscaler")] == ["deepscaler-1", "deepscaler-4"]
     assert "rows without a gold, left out: 2, [2, 3]\n" in capsys.readouterr().out
@@ -363,10 +391,14 @@ TRAINING = [
 
 def test_contamination_and_conflicts(tmp_path, capsys):
     source = write_jsonl(tmp_path / "rows.jsonl", TRAINING)
-    assert "--drop-contaminated wants benchmarks" in error_of(tmp_path, "deepscaler", source=source, drop_contaminated=True)
+    assert "--drop-contaminated wants benchmarks" in error_of(
+        tmp_path, "deepscaler", source=source, drop_contaminated=True
+    )
     bench = [{"problem": "Compute 2 + 3.", "answer": "5"}, {"problem": "Compute 1 + 1.", "answer": "2"}]
     run(tmp_path, "math500", source=write_jsonl(tmp_path / "bench.jsonl", bench))
-    run(tmp_path, "olympiad", source=write_jsonl(tmp_path / "bench.jsonl", [{"problem": "Compute 7+8", "answer": "15"}]))
+    run(
+        tmp_path, "olympiad", source=write_jsonl(tmp_path / "bench.jsonl", [{"problem": "Compute 7+8", "answer": "15"}])
+    )
     capsys.readouterr()
 
     def ids(**options):
@@ -376,7 +408,9 @@ def test_contamination_and_conflicts(tmp_path, capsys):
     assert ids() == [1, 2, 3, 4, 5, 6]  # the papers' training set is not changed without being asked to
     printed = capsys.readouterr().out
     assert "4 different problems; 1 have different golds; in benchmarks: aime24 not there" in printed
-    assert "math500 1, minerva not there, olympiad 1, gsm8k_test not there\n" in printed and "rows dropped: 0 (" in printed
+    assert (
+        "math500 1, minerva not there, olympiad 1, gsm8k_test not there\n" in printed and "rows dropped: 0 (" in printed
+    )
     assert ids(drop_contaminated=True) == [2, 4, 5]
     assert "rows dropped: 3 (" in capsys.readouterr().out
     assert ids(drop_conflicting=True) == [1, 2, 3, 6]
@@ -398,9 +432,13 @@ def test_the_hub_fails(error, tmp_path, monkeypatch):
         assert (hub, config, revision) == ("math-ai/amc23", None, prepare.REVISIONS["math-ai/amc23"])
         raise error
 
-    fake = SimpleNamespace(load_dataset_builder=load_dataset_builder, exceptions=SimpleNamespace(DatasetsError=KeyError))
+    fake = SimpleNamespace(
+        load_dataset_builder=load_dataset_builder, exceptions=SimpleNamespace(DatasetsError=KeyError)
+    )
     monkeypatch.setitem(sys.modules, "datasets", fake)
-    assert error_of(tmp_path, "amc23").startswith("could not load math-ai/amc23 from the hub, --from takes a local file")
+    assert error_of(tmp_path, "amc23").startswith(
+        "could not load math-ai/amc23 from the hub, --from takes a local file"
+    )
 
 
 def test_the_real_package_offline(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,9 @@ from conftest import ROOT
 
 import evaluate
 import model
+from data import problems as problem_files
+from data.problems import PAPERS, problems_of
+from evaluate import Estimate
 
 
 def make_run(folder, size=1.0):
@@ -24,8 +28,8 @@ def make_run(folder, size=1.0):
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # the base model's results go to out/tiny-base
-    return make_run(tmp_path / "run")
+    monkeypatch.chdir(tmp_path)  # answers go to out/answers
+    return make_run(tmp_path / "out" / "run")
 
 
 def config(run, **changes):
@@ -33,109 +37,173 @@ def config(run, **changes):
     return evaluate.Config(**(small | changes))
 
 
-def stored(folder):
-    return [json.loads(path.read_text()) for path in sorted((folder / "eval").glob("*.json"))]
+def stored():
+    """Kept answers as [(key, answers), ...], by temperature and seed."""
+    files = [json.loads(path.read_text()) for path in Path("out/answers").glob("*.json")]
+    kept = [(file["key"], file["found"]) for file in files]
+    return sorted(kept, key=lambda pair: (pair[0]["temperature"], pair[0]["seed"]))
 
 
 def test_stored_results_are_graded_by_hand(run):
     """From the completions: the boxed integer is the answer of that row, not of another."""
     run = make_run(run, size=0.1)
     settings = dict(problems=12, samples=3, seeds=(0, 1), prefix="To", max_tokens=80, temperatures=(1.0, 0.0))
-    found = evaluate.main(config(run, **settings))
-    greedy, first, second = stored(run)
-    got = [(r["temperature"], r["seed"], r["samples"]) for r in (greedy, first, second)]
+    found = evaluate.main(config(run, base=False, **settings))
+    greedy, first, second = stored()
+    got = [(key["temperature"], key["seed"], key["samples"]) for key, _ in (greedy, first, second)]
     assert got == [(0.0, 0, 1), (1.0, 0, 3), (1.0, 1, 3)]
-    rows = model.read_problems(ROOT / "data/tiny/test.jsonl")[:12]
-    for result in (greedy, first, second):
+    rows = problems_of(ROOT / "data/tiny/test.jsonl").rows[:12]
+    vectors, meta = evaluate.vectors_of(run, {"model": "tiny"})
+    for key, result in (greedy, first, second):
         assert len(result["correct"]) == len(result["completions"]) == 12
         for row, correct, texts in zip(rows, result["correct"], result["completions"]):
-            assert len(correct) == result["samples"]
+            assert len(correct) == key["samples"]
             assert correct == [int(text.split("boxed{")[-1].startswith(row["answer"] + "}")) for text in texts]
-        assert result["step"] == 1 and result["max_tokens"] == 80
+        assert meta["step"] == "1" and key["max_tokens"] == 80
+        assert key["vectors"] == evaluate.identity(vectors) != "none"
+    first, second = first[1], second[1]
     assert first["completions"] != second["completions"]
     flat = sum(first["correct"] + second["correct"], [])
     assert 0 < sum(flat) < len(flat) == 72  # or a permutation could not be seen
-    assert found[1.0]["tiny"]["steered"]["accuracy"] == pytest.approx(sum(flat) / 72)
-    assert found[1.0]["tiny"]["steered"]["samples"] == 6
+    assert found["test", 1.0]["steered"]["accuracy"].value == pytest.approx(sum(flat) / 72)
+    assert found["test", 1.0]["steered"]["samples"] == 6
 
 
 def test_run_is_steered_and_base_is_not(run):
     evaluate.main(config(run))
-    (steered,), (base,) = stored(run), stored(run.parent / "out/tiny-base")
+    by_vectors = {key["vectors"]: found for key, found in stored()}
+    base = by_vectors.pop("none")
+    (steered,) = by_vectors.values()
     assert steered["completions"] != base["completions"]
     llm, tokenizer = model.load("tiny", device="cpu")
-    problems = [row["problem"] for row in model.read_problems(ROOT / "data/tiny/test.jsonl")[:4]]
+    problems = [row["problem"] for row in problems_of(ROOT / "data/tiny/test.jsonl").rows[:4]]
     assert [texts[0] for texts in base["completions"]] == model.rollouts(llm, tokenizer, {}, problems, 1, 30, 0).texts
 
 
 def test_nothing_is_computed_twice_and_an_interruption_keeps_what_is_done(run, monkeypatch):
-    calls, real = [], evaluate.measure
+    calls, real = [], evaluate.Subject.rollouts
 
-    def counted(*args, **how):
-        calls.append(args[5:7])  # temperature, seed
+    def counted(self, vectors, rows, k, **how):
+        seed = next(s for s in (0, 1) if how["seed"][0] in model.prompt_seeds(s, range(9)))
+        calls.append((how["temperature"], seed, len(rows)))
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return real(*args, **how)
+        return real(self, vectors, rows, k, **how)
 
-    monkeypatch.setattr(evaluate, "measure", counted)
+    monkeypatch.setattr(evaluate.Subject, "rollouts", counted)
     settings = dict(base=False, temperatures=(1.0,), seeds=(0, 1))
     with pytest.raises(KeyboardInterrupt):
         evaluate.main(config(run, **settings))
     evaluate.main(config(run, **settings))
-    assert calls == [(1.0, 0), (1.0, 1), (1.0, 1)]  # seed 0 once only
-    evaluate.main(config(run, **settings))
-    assert len(calls) == 3
-    for changes in ({"prefix": "To"}, {"problems": 3}, {"max_tokens": 9}, {"system": "Use code."}):
+    assert calls == [(1.0, 0, 4), (1.0, 1, 4), (1.0, 1, 4)]  # seed 0 once only
+    four = evaluate.main(config(run, **settings))["test", 1.0]["steered"]
+    three = evaluate.main(config(run, **(settings | {"problems": 3})))["test", 1.0]["steered"]  # the first of the four
+    assert len(calls) == 3 and (three["problems"], four["problems"]) == (3, 4)
+    evaluate.main(config(run, **(settings | {"problems": 6})))
+    assert calls[3:] == [(1.0, 0, 2), (1.0, 1, 2)]  # the two that were missing
+    for changes in ({"prefix": "To"}, {"max_tokens": 9}, {"system": "Use code."}):
         evaluate.main(config(run, **(settings | changes)))
-    assert len(calls) == 3 + 4 * 2
+    assert len(calls) == 5 + 3 * 2
     make_run(run, size=0.5)  # the run has other vectors now
     evaluate.main(config(run, **settings))
     assert len(calls) == 13
 
 
+def test_answers_added_to_kept_ones_are_those_of_one_call(run):
+    """A problem's answers depend on its own seed alone."""
+    subject = evaluate.Subject("tiny", device="cpu", max_tokens=30)
+    problems = problems_of(ROOT / "data/tiny/test.jsonl").first(5)
+    for n in (2, 5, 3):
+        parts = evaluate.answers(subject, {}, problems.first(n), 2, 1.0, seed=4, ids=True)
+        assert {len(part) for part in parts.values()} == {n}
+    subject.folder = Path("elsewhere")
+    whole = evaluate.answers(subject, {}, problems, 2, 1.0, seed=4, ids=True)
+    assert all(parts[name] == whole[name][:3] for name in whole if name != "seconds")
+    asked = [subject.prompt(row) for row in problems.rows]
+    assert whole["prompt_ids"] == asked and [len(c) for c in whole["completion_ids"][0]] == whole["lengths"][0]
+
+
 def test_summary_difference_and_average_by_hand():
     def result(correct, tokens=10):
-        return {"correct": correct, "tokens": tokens, "truncated": 1, "seconds_sampling": 2.0}
+        """Of these tokens all are in the first answer, which is cut off, and sampling took 2 seconds."""
+        n, k = len(correct), len(correct[0])
+        lengths, ended = [[0] * k for _ in correct], [[True] * k for _ in correct]
+        lengths[0][0], ended[0][0] = tokens, False
+        return {"correct": correct, "lengths": lengths, "ended": ended, "seconds": [2.0 / n] * n}
 
     # seed means 3/4 and 1/4; by problem 3/4 and 1/4
     got = evaluate.summary([result([[1, 1], [0, 1]]), result([[0, 1], [0, 0]], 30)])
-    assert (got["accuracy"], got["problems"], got["samples"]) == (0.5, 2, 4)
-    assert got["correct"] == [[1, 1, 0, 1], [0, 1, 0, 0]]
+    assert (got["accuracy"].value, got["problems"], got["samples"]) == (0.5, 2, 4)
+    assert (got["accuracy"].draws == Estimate.of([[1, 1, 0, 1], [0, 1, 0, 0]]).draws).all()
     assert got["sd_over_seeds"] == pytest.approx(math.sqrt(0.125))
     assert (got["truncated"], got["tokens_mean"], got["tokens_per_second"]) == (2 / 8, 5.0, 10.0)
-    assert got["interval_95"] == (0.25, 0.75)  # two problems: both the worse one, one of each, both the better one
+    assert got["accuracy"].interval == (0.25, 0.75)  # both the worse one, one of each, both the better one
 
     # the same gain on every problem: no doubt about the difference, however far the problems are apart
     steered, base = evaluate.summary([result([[1, 1], [1, 0]])]), evaluate.summary([result([[1, 0], [0, 0]])])
-    gain = evaluate.difference(steered, base)
-    assert gain["accuracy"] == 0.5 and gain["interval_95"] == (0.5, 0.5)
+    gain = steered["accuracy"] - base["accuracy"]
+    assert gain.value == 0.5 and gain.interval == (0.5, 0.5)
 
     # benchmarks weigh the same: (0.5 + 1) / 2, though one has a hundred times the problems
     one, many = evaluate.summary([result([[0], [1]])]), evaluate.summary([result([[1]] * 200)])
-    both = evaluate.average([one, many])
-    assert both["accuracy"] == 0.75 and both["interval_95"] == (0.5, 1.0)
+    both = Estimate.mean([one["accuracy"], many["accuracy"]])
+    assert both.value == 0.75 and both.interval == (0.5, 1.0)
+
+
+def test_interval():
+    # 100 questions, one answer each, 30 right: standard error sqrt(0.3 * 0.7 / 100) of the mean, normal approximation
+    low, high = Estimate.of([[1.0]] * 30 + [[0.0]] * 70).interval
+    half = 1.96 * math.sqrt(0.3 * 0.7 / 100)
+    assert low == pytest.approx(0.3 - half, abs=0.011) and high == pytest.approx(0.3 + half, abs=0.011)
+
+
+def test_interval_is_over_questions():
+    # 4 samples of a question that agree are one fact, not four: repeating them leaves the interval as it is
+    answers = [[1.0]] * 8 + [[0.0]] * 12
+    assert Estimate.of([row * 4 for row in answers]).interval == Estimate.of(answers).interval
+    assert Estimate.of([[1.0, 0.0]] * 20).interval == (0.5, 0.5)  # no difference between questions
+    assert Estimate.of([[1.0], [0.0, 0.0, 0.0]]).interval[1] == 1.0  # each question has the same weight
+    draws = Estimate.of(answers).draws
+    assert len(draws) == 10_000 and len(set(draws)) > 5 and (draws == Estimate.of(answers).draws).all()  # seeded
+    other = Estimate.mean([Estimate.of(answers), Estimate.of(answers)])  # two sets of problems: drawn independently
+    assert (other.draws != draws).any() and len(other.draws) == 10_000
+    assert evaluate.Estimate.of(answers).value == 0.4
+
+
+def test_estimates_by_hand():
+    low, high, whole = (Estimate.of([[x]] * 4) for x in (0.2, 0.3, 0.6))
+    share = high.share(low, whole)
+    assert share.value == pytest.approx(0.25) and share.interval == pytest.approx((0.25, 0.25)) and not share.open
+    assert (high / whole).value == pytest.approx(0.5) and (high / (low - low)).value is None
+    assert high.share(low, low).open and all(map(math.isnan, high.share(low, low).interval))
+    a, b = Estimate.of([[1], [0], [1], [1]]), Estimate.of([[0], [1], [0], [1]])
+    best = Estimate.largest(a, b)
+    assert best.value == 0.75 and (best.draws >= a.draws).all() and (best.draws >= b.draws).all()
+    assert a.text() == "75.0 [25.0, 100.0]" and (a - b).text("+").startswith("+25.0 [")
+    assert low.plain() == "0.2 [0.2, 0.2]" and low.json() == {"value": 0.2, "interval_95": (0.2, 0.2)}
 
 
 def test_all_benchmarks_and_their_samples(run, monkeypatch, capsys, tmp_path):
     """The papers' six with two problems each, made here: 32 answers on AIME and AMC, one elsewhere, and Avg."""
-    row = model.read_problems(ROOT / "data/tiny/test.jsonl")[0]
-    monkeypatch.setattr(evaluate, "__file__", str(tmp_path / "evaluate.py"))
-    with pytest.raises(SystemExit, match="no problems of aime24, .*olympiad: run `python data/prepare.py aime24 aime25"):
+    row = problems_of(ROOT / "data/tiny/test.jsonl").rows[0]
+    monkeypatch.setattr(problem_files, "ROOT", tmp_path)
+    missing = "no problems of aime24, .*olympiad: run `python data/prepare.py aime24 aime25"
+    with pytest.raises(SystemExit, match=missing):
         evaluate.main(config(run, benchmarks=("all",)))
     (tmp_path / "data").mkdir()
-    for name in [*evaluate.PAPERS, "gsm8k_test"]:
+    for name in [*PAPERS, "gsm8k_test"]:
         lines = [json.dumps(row), json.dumps(row | {"problem": name})]
         (tmp_path / "data" / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
-    found = evaluate.main(config(run, benchmarks=("all",), temperatures=(1.0, 0.0), max_tokens=6))
-    assert [found[1.0][b]["base"]["samples"] for b in evaluate.PAPERS] == [96, 96, 96, 3, 3, 3]  # of three seeds
-    assert {found[0.0][b]["base"]["samples"] for b in evaluate.PAPERS} == {1}
-    steered = [found[1.0][b]["steered"]["accuracy"] for b in evaluate.PAPERS]
-    assert found[1.0]["Avg"]["steered"]["accuracy"] == pytest.approx(sum(steered) / 6)
+    found = evaluate.main(config(run, benchmarks=("all",), temperatures=(1.0, 0.0), max_tokens=2))
+    assert [found[b, 1.0]["base"]["samples"] for b in PAPERS] == [96, 96, 96, 3, 3, 3]  # of three seeds
+    assert {found[b, 0.0]["base"]["samples"] for b in PAPERS} == {1}
+    steered = [found[b, 1.0]["steered"]["accuracy"].value for b in PAPERS]
+    assert found["Avg", 1.0]["steered"]["accuracy"].value == pytest.approx(sum(steered) / 6)
     table = (run / "eval.md").read_text()
     assert table.count(" AVG@32 ") == 3 and table.count(" PASS@1 ") == 9 and " ±" in table
     assert table.count("| Avg ") == 2 and "| aime24 " in table and table.split("\n\n")[1] in capsys.readouterr().out
-    found = evaluate.main(config(run, benchmarks=("gsm8k_test",), temperatures=(1.0,), max_tokens=6))
-    assert found[1.0]["gsm8k_test"]["steered"]["samples"] == 24 and "Avg" not in found[1.0]
+    found = evaluate.main(config(run, benchmarks=("gsm8k_test",), temperatures=(1.0,), max_tokens=2))
+    assert found["gsm8k_test", 1.0]["steered"]["samples"] == 24 and ("Avg", 1.0) not in found
     assert " mean@8 " in (run / "eval.md").read_text()
 
 
@@ -149,10 +217,12 @@ def test_own_data_and_table(run, tmp_path, capsys):
     data = tmp_path / "mine.jsonl"
     data.write_text("".join(json.dumps({"problem": t, "answer": g}) + "\n" for t, g in zip(texts, golds)))
     settings = config(None, model="tiny", data=str(data), prefix="To", out=str(tmp_path))
-    assert evaluate.main(settings)[0.0]["mine"]["base"]["correct"] == [[1], [1]]
+    assert evaluate.main(settings)["mine", 0.0]["base"]["accuracy"].value == 1
+    assert [found["correct"] for _, found in stored()] == [[[1], [1]]]
     assert "| mine      | greedy   | 100.0 [100.0, 100.0] | PASS@1 | 2 " in capsys.readouterr().out
-    data.write_text(json.dumps({"problem": texts[0], "answer": golds[0] + "1"}) + "\n")
-    assert evaluate.main(settings)[0.0]["mine"]["base"]["correct"] == [[0]]  # other problems in a file of the same name
+    data.write_text(json.dumps({"problem": texts[0], "answer": golds[0] + "1"}) + "\n")  # other problems, the same name
+    assert evaluate.main(settings)["mine", 0.0]["base"]["accuracy"].value == 0
+    assert sorted(found["correct"] for _, found in stored()) == [[[0]], [[1], [1]]]
 
 
 def test_errors_give_one_line(tmp_path):
@@ -172,7 +242,10 @@ def test_errors_give_one_line(tmp_path):
         ({"model": "some/other"}, "--benchmarks NAME... or --data FILE is needed"),
         ({"model": "tiny", "data": str(tmp_path / "none.jsonl")}, "no problems at"),
         ({"model": "tiny", "data": "x", "benchmarks": ("aime24",)}, "either --benchmarks or --data"),
-        ({"model": "tiny", "benchmarks": ("nonsense",)}, "no problems of nonsense: run `python data/prepare.py nonsense`"),
+        (
+            {"model": "tiny", "benchmarks": ("nonsense",)},
+            "no problems of nonsense: run `python data/prepare.py nonsense",
+        ),
     ]:
         with pytest.raises(SystemExit, match=message):
             evaluate.main(evaluate.Config(**wrong))

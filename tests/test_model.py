@@ -13,6 +13,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 import model
+from data.problems import problems_of
 
 STOP = [2, 7, 11, 13, 17, 19, 23, 29]  # many stop tokens, so that the lengths of random answers vary
 
@@ -70,7 +71,7 @@ def test_hook_equals_a_bias_of_down_proj(qwen2, prompts):
 
 @pytest.mark.parametrize("family", ["qwen2", "llama", "mistral", "qwen3", "gemma", "gemma2"])
 def test_sites(family, prompts):
-    """A layer written out, with a vector after each of its components (arXiv:2509.06608, Fig. 10), against the hooks."""
+    """A layer written out, with a vector after each component (arXiv:2509.06608, Fig. 10), against the hooks."""
     llm = random_llm(family)
     block, seen = llm.model.layers[1], {}
 
@@ -83,7 +84,7 @@ def test_sites(family, prompts):
     ]
     for site in model.SITES:
         s = {place: torch.zeros(32) for place in model.SITES} | {site: vector()}
-        with model.steer(llm, {(1, site): s[site]}):
+        with model.steer(llm, {f"1.{site}": s[site]}):
             logits(llm, prompts[0])
         same = torch.nn.Identity()
         if family == "gemma2":
@@ -108,7 +109,7 @@ def test_sites_of_models_that_are_not_known_are_refused():
     llm = random_llm("gemma")
     llm.config.model_type = "another"
     with pytest.raises(SystemExit, match="the site attention is known for qwen2.*not for 'another'"):
-        model.site_module(llm, (1, "attention"))
+        model.site_module(llm, "1.attention")
     assert model.site_module(llm, 1) is llm.model.layers[1]
 
 
@@ -117,9 +118,9 @@ def test_lora_equals_a_changed_weight(qwen2, prompts):
     draw = torch.Generator().manual_seed(3)
     A, B = torch.randn(4, 40, generator=draw) / 6, torch.randn(32, 4, generator=draw)
     base = logits(qwen2, prompts[0])
-    with model.steer(qwen2, {(1, "lora_A"): A, (1, "lora_B"): torch.zeros(32, 4)}):
+    with model.steer(qwen2, {"1.lora_A": A, "1.lora_B": torch.zeros(32, 4)}):
         assert torch.equal(logits(qwen2, prompts[0]), base)
-    with model.steer(qwen2, {(1, "lora_A"): A, (1, "lora_B"): B}):
+    with model.steer(qwen2, {"1.lora_A": A, "1.lora_B": B}):
         steered = logits(qwen2, prompts[0])
     qwen2.model.layers[1].mlp.down_proj.weight += B @ A
     torch.testing.assert_close(steered, logits(qwen2, prompts[0]), rtol=0, atol=1e-5)
@@ -137,7 +138,7 @@ def test_lora_of_rank_one_is_a_vector_with_a_size_for_every_token(qwen2, prompts
     A = torch.linalg.lstsq(x, torch.ones(len(x), 1)).solution.T
     torch.testing.assert_close(x @ A.T, torch.ones(len(x), 1), rtol=0, atol=1e-4)
     s = vector()
-    with model.steer(qwen2, {(1, "lora_A"): A, (1, "lora_B"): s[:, None]}):
+    with model.steer(qwen2, {"1.lora_A": A, "1.lora_B": s[:, None]}):
         adaptive = logits(qwen2, prompts[0])
     with model.steer(qwen2, {1: s}):
         torch.testing.assert_close(adaptive, logits(qwen2, prompts[0]), rtol=0, atol=1e-3)
@@ -151,6 +152,116 @@ def test_hook_is_gone_after_an_error(qwen2, prompts):
     with pytest.raises(IndexError), model.steer(qwen2, {1: vector(), 9: vector()}):  # fails while hooks are being made
         pass
     assert torch.equal(logits(qwen2, prompts[0]), want)
+
+
+@pytest.mark.parametrize("path", ["self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj"])
+def test_any_module_of_a_layer_may_get_a_vector(qwen2, prompts, path):
+    """A vector after a linear module is a bias of it, whatever its width; a LoRA there is a change of its weight."""
+    module = qwen2.model.layers[1].get_submodule(path)
+    s, base = torch.randn(module.out_features, generator=torch.Generator().manual_seed(0)), logits(qwen2, prompts[0])
+    with model.steer(qwen2, {f"1.{path}": s}):
+        steered = logits(qwen2, prompts[0])
+    assert (steered - base).abs().max() > 0.1
+    A, B = torch.randn(2, 32) / 6, torch.randn(module.out_features, 2)
+    with model.steer(qwen2, {f"1.{path}.lora_A": A, f"1.{path}.lora_B": B}):
+        adapted = logits(qwen2, prompts[0])
+    old = module.bias
+    module.bias = torch.nn.Parameter(s if old is None else old + s)
+    torch.testing.assert_close(steered, logits(qwen2, prompts[0]), rtol=0, atol=1e-5)
+    module.bias = old
+    module.weight += B @ A
+    torch.testing.assert_close(adapted, logits(qwen2, prompts[0]), rtol=0, atol=1e-4)
+    for place, message in {
+        "1.middle": "has no 'middle'; sites are",
+        "1.mlp.lora_A": "a LoRA goes on a linear module",
+    }.items():
+        with pytest.raises(SystemExit, match=message):
+            model.site_module(qwen2, place)
+
+
+def by_hand(llm, prompt, completion, s, layer=1):
+    """Logits with s added at the positions that predict the completion only, by a hook that knows them."""
+    start = len(prompt) - 1
+
+    def add(module, args, h):
+        return torch.cat([h[:, :start], h[:, start:] + s], 1)
+
+    handle = model.decoder_layers(llm)[layer].register_forward_hook(add)
+    found = logits(llm, prompt + completion)
+    handle.remove()
+    return found
+
+
+def test_vectors_at_answer_positions_only(llm, prompts):
+    """Sampler and log-probs agree with each other and with positions written out; prompts are left as they are."""
+    s = vector(size=2)
+    with model.steer(llm, {"1@answer": s}):
+        completions, _ = model.sample(llm, prompts, 1, 6, [], temperature=0)
+        logps, mask = model.token_logps(llm, prompts, completions)
+    everywhere, _ = model.sample(llm, prompts, 1, 6, [], temperature=0)
+    assert everywhere != completions
+    for i, (p, c) in enumerate(zip(prompts, completions)):
+        logp = by_hand(llm, p, c, s).log_softmax(-1)[len(p) - 1 : -1]
+        assert c == logp.argmax(-1).tolist()
+        torch.testing.assert_close(logps[i], logp.max(-1).values, rtol=0, atol=1e-4)
+
+    def interrupt(module, args, h):
+        if h.shape[1] == 1:  # an answer is being decoded
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), model.hooks([(model.decoder_layers(llm)[0], interrupt)]):
+        model.sample(llm, prompts, 1, 6, [], temperature=0)
+    with (
+        pytest.raises(AssertionError, match="@answer works in model.sample and model.read"),
+        model.steer(llm, {"1@answer": s}),
+    ):
+        logits(llm, [5, 6, 7])
+
+
+@pytest.mark.parametrize("where", ["", "@answer"])
+def test_any_place_is_sampled_scored_and_saved_alike(prompts, tmp_path, where):
+    """A vector after a q_proj wider than the stream and a LoRA on o_proj, against changed weights."""
+    llm, changed = (random_llm("qwen3", head_dim=12) for _ in range(2))
+    draw = torch.Generator().manual_seed(0)
+    s, A, B = (torch.randn(shape, generator=draw) for shape in ((48,), (2, 48), (32, 2)))
+    names = "1.self_attn.q_proj", "2.self_attn.o_proj.lora_A", "2.self_attn.o_proj.lora_B"
+    vectors = {name + where: x for name, x in zip(names, (s, A / 6, B))}
+    model.save_vectors(tmp_path / "v.safetensors", vectors, llm, "some/model", step=5)
+    got, meta = model.load_vectors(tmp_path / "v.safetensors", llm.config, "some/model")
+    assert set(got) == set(vectors) and all(torch.equal(got[place], vectors[place]) for place in got)
+    assert meta["site"] == "lora, self_attn.q_proj"
+    sizes = model.residual_rms(llm, prompts, list(vectors))
+    assert len({round(size, 3) for size in sizes.values()}) == 3 and min(sizes.values()) > 0
+    with model.steer(llm, got):
+        completions, _ = model.sample(llm, prompts, 1, 6, [], temperature=0)
+        logps, _ = model.token_logps(llm, prompts, completions)
+        states, before = model.read(llm, prompts, completions)
+    best = model.logits(llm, states[before]).log_softmax(-1)
+    assert sum(completions, []) == best.argmax(-1).tolist()  # what was sampled is the most likely as it is read
+    torch.testing.assert_close(logps.flatten(), best.max(-1).values, rtol=0, atol=1e-4)
+    assert completions != model.sample(llm, prompts, 1, 6, [], temperature=0)[0]
+    changed.model.layers[1].self_attn.q_proj.bias = torch.nn.Parameter(s)
+    changed.model.layers[2].self_attn.o_proj.weight += B @ A / 6
+    want, _ = model.token_logps(changed, prompts, completions)
+    assert torch.allclose(logps, want, rtol=0, atol=1e-4) == (where == "")  # "@answer" leaves the prompt as it is
+
+
+def test_vllm_takes_only_what_it_can_hold(monkeypatch):
+    monkeypatch.setattr(model, "find_spec", lambda name: name == "vllm")
+    asked = "cuda:0", "Qwen2ForCausalLM"
+    held = [27, "3.attention", "3.self_attn.o_proj", "2.mlp.down_proj", "2.lora_A", "2.lora_B"]
+    assert model.choose_sampler("auto", *asked, held) == model.choose_sampler("vllm", *asked, held) == "vllm"
+    assert (
+        model.choose_sampler("auto", "cpu", asked[1], held) == model.choose_sampler("hf", *asked, ["27@answer"]) == "hf"
+    )
+    assert model.choose_sampler("auto", asked[0], "Gemma2ForCausalLM", held) == "hf"
+    for place in ("27@answer", "2.lora_A@answer", "3.input-norm", "3.self_attn.q_proj", "3.self_attn.o_proj.lora_A"):
+        assert model.choose_sampler("auto", *asked, [27, place]) == "hf"
+        with pytest.raises(
+            SystemExit, match=f"--sampler vllm: a vector at {place} is no bias.*; use --sampler hf"
+        ) as error:
+            model.choose_sampler("vllm", *asked, [27, place])
+        assert "\n" not in str(error.value)
 
 
 def test_vector_stays_float32_in_a_bfloat16_model(prompts):
@@ -189,7 +300,9 @@ def test_greedy_equals_generate_token_for_token(llm, prompts):
         out = llm.generate(
             input_ids=ids, attention_mask=mask, max_new_tokens=20, do_sample=False, eos_token_id=STOP, pad_token_id=0
         )[:, width:].tolist()
-    assert len({len(c) for c in got}) > 1 or llm.config.model_type != "qwen2", "lengths should vary for this test to bite"
+    assert len({len(c) for c in got}) > 1 or llm.config.model_type != "qwen2", (
+        "lengths should vary for this test to bite"
+    )
     for i, want in enumerate(out):
         end = next((t + 1 for t, token in enumerate(want) if token in STOP), 20)
         assert got[2 * i] == got[2 * i + 1] == want[:end]
@@ -206,7 +319,7 @@ def test_greedy_equals_full_forwards_without_a_cache(llm, prompts):
 
 
 def test_rows_that_leave_the_batch_change_no_other_row(qwen2, prompts):
-    """16 rows with many stop tokens, against every prompt alone: compaction keeps caches, masks and positions together."""
+    """16 rows with many stop tokens, against every prompt alone: caches, masks and positions stay together."""
     draw = torch.Generator().manual_seed(2)
     many = [torch.randint(3, 61, (n,), generator=draw).tolist() for n in torch.randint(2, 12, (16,), generator=draw)]
     together, ended = model.sample(qwen2, many, 1, 30, STOP, temperature=0)
@@ -262,7 +375,9 @@ def test_pick_inverts_the_cumulative_distribution():
     for u, token in [(0.0, 0), (0.19, 0), (0.21, 1), (0.69, 1), (0.71, 2), (0.9999999, 2)]:
         assert model.pick(logits, 1.0, torch.tensor([u])).tolist() == [token]
     hot = (logits / 2).softmax(-1)[0]  # at T = 2
-    assert model.pick(logits, 2.0, hot[:1] - 1e-3).tolist() == [0] and model.pick(logits, 2.0, hot[:1] + 1e-3).tolist() == [1]
+    assert model.pick(logits, 2.0, hot[:1] - 1e-3).tolist() == [0] and model.pick(
+        logits, 2.0, hot[:1] + 1e-3
+    ).tolist() == [1]
     never = torch.tensor([[-1e9, 0.0, -1e9]])
     assert model.pick(never.repeat(2, 1), 1.0, torch.tensor([0.0, 1 - 2**-24])).tolist() == [1, 1]
 
@@ -309,7 +424,7 @@ def test_padding_and_chunks_change_nothing(llm, prompts):
 
 @pytest.mark.parametrize("layer", [0, 2])
 def test_gradient_of_the_vector(prompts, layer):
-    """Central difference along the gradient. HF's norms compute in fp32 even in a double model: step 1e-2, rtol 1e-3."""
+    """Central difference along the gradient. HF's norms are fp32 even in a double model: step 1e-2, rtol 1e-3."""
     llm, eps = random_llm().double(), 1e-2
     completions = [[5, 6, 7, 8], [9, 2], [30, 31, 32]]
     v = vector().double().requires_grad_()
@@ -358,46 +473,46 @@ def test_inputs_stay_as_they_are(qwen2, prompts):
 def test_vectors_survive_the_file_bit_for_bit(qwen2, tmp_path):
     vectors = {0: vector(1), 2: vector(2).requires_grad_()}
     model.save_vectors(tmp_path / "v.safetensors", vectors, qwen2, "some/model", step=5)
-    got, meta = model.load_vectors(tmp_path / "v.safetensors", qwen2, "some/model")
+    got, meta = model.load_vectors(tmp_path / "v.safetensors", qwen2.config, "some/model")
     assert list(got) == [0, 2] and all(torch.equal(got[layer], vectors[layer]) for layer in got)
     assert meta == {"model": "some/model", "width": "32", "num_layers": "3", "site": "end of layer", "step": "5"}
     assert not list(tmp_path.glob("*.tmp"))
 
 
 def test_sites_and_lora_survive_the_file(qwen2, tmp_path):
-    vectors = {(1, "attention"): vector(1), (2, "lora_A"): torch.randn(4, 40), (2, "lora_B"): torch.randn(32, 4), 0: vector(2)}
+    vectors = {"1.attention": vector(1), "2.lora_A": torch.randn(4, 40), "2.lora_B": torch.randn(32, 4), 0: vector(2)}
     model.save_vectors(tmp_path / "v.safetensors", vectors, qwen2, "some/model", step=5)
-    got, meta = model.load_vectors(tmp_path / "v.safetensors", qwen2)
+    got, meta = model.load_vectors(tmp_path / "v.safetensors", qwen2.config)
     assert set(got) == set(vectors) and all(torch.equal(got[place], vectors[place]) for place in got)
     assert meta["site"] == "attention, end of layer, lora"
-    for name, shape in {"1.middle": (32,), "1.lora_A": (4, 32), "1.lora_B": (4, 32), "x": (32,)}.items():
+    for name, shape in {"1.attention": (33,), "1.lora_A": (4, 32), "1.lora_B": (4, 32), "x": (32,)}.items():
         save_file({f"layers.{name}": torch.zeros(shape)}, tmp_path / "bad", meta)
         with pytest.raises(SystemExit, match=f"layers.{name} of shape .* does not fit"):
-            model.load_vectors(tmp_path / "bad", qwen2)
+            model.load_vectors(tmp_path / "bad", qwen2.config)
 
 
 def test_vectors_of_another_model_are_refused(qwen2, tmp_path):
     path = tmp_path / "v.safetensors"
     model.save_vectors(path, {2: vector()}, qwen2, "one", step=1)
     with pytest.raises(SystemExit, match="trained for the model 'one', not for 'two'"):
-        model.load_vectors(path, qwen2, "two")
-    assert list(model.load_vectors(path, qwen2)[0]) == [2]  # without a name: transfer to a model of the same shape
+        model.load_vectors(path, qwen2.config, "two")
+    assert list(model.load_vectors(path, qwen2.config)[0]) == [2]  # without a name: transfer
     with pytest.raises(SystemExit, match="width 32 and 3 layers; this one has width 32 and 2 layers"):
-        model.load_vectors(path, random_llm(num_hidden_layers=2))
+        model.load_vectors(path, random_llm(num_hidden_layers=2).config)
     with pytest.raises(SystemExit, match="width 32 and 3 layers; this one has width 48 and 3 layers"):
-        model.load_vectors(path, random_llm(hidden_size=48))
+        model.load_vectors(path, random_llm(hidden_size=48).config)
     with pytest.raises(SystemExit, match="train some first"):
-        model.load_vectors(tmp_path / "missing.safetensors", qwen2)
+        model.load_vectors(tmp_path / "missing.safetensors", qwen2.config)
     (tmp_path / "text").write_text("not a tensor file")
     with pytest.raises(SystemExit, match="not a safetensors file"):
-        model.load_vectors(tmp_path / "text", qwen2)
+        model.load_vectors(tmp_path / "text", qwen2.config)
     save_file({"layers.0": torch.zeros(32)}, tmp_path / "plain")
     with pytest.raises(SystemExit, match="metadata lacks model, width"):
-        model.load_vectors(tmp_path / "plain", qwen2)
+        model.load_vectors(tmp_path / "plain", qwen2.config)
     meta = {"model": "one", "width": "32", "num_layers": "3", "site": "end of layer", "step": "1"}
     save_file({"layers.3": torch.zeros(32)}, tmp_path / "layer", meta)
     with pytest.raises(SystemExit, match=r"layers.3 of shape \(32,\) does not fit a model of 3 layers"):
-        model.load_vectors(tmp_path / "layer", qwen2)
+        model.load_vectors(tmp_path / "layer", qwen2.config)
 
 
 def test_a_model_that_cannot_be_had_gives_one_line(tmp_path, monkeypatch):
@@ -407,8 +522,9 @@ def test_a_model_that_cannot_be_had_gives_one_line(tmp_path, monkeypatch):
     assert "\n" not in str(error.value)
     with pytest.raises(SystemExit, match="a model folder holds config.json"):
         model.load(str(tmp_path))
-    with pytest.raises(SystemExit, match="--device no-such"):
-        model.load("tiny", device="no-such")
+    for device in ("no-such", "meta"):
+        with pytest.raises(SystemExit, match=f"--device {device}"):
+            model.load("tiny", device=device)
     with pytest.raises(SystemExit, match="--dtype wants"):
         model.load("tiny", dtype="float8")
 
@@ -427,13 +543,13 @@ def test_a_model_that_cannot_be_had_gives_one_line(tmp_path, monkeypatch):
 def test_bad_problem_files_name_the_line(tmp_path, text, message):
     (tmp_path / "p.jsonl").write_text(text)
     with pytest.raises(SystemExit, match=message):
-        model.read_problems(tmp_path / "p.jsonl")
+        problems_of(tmp_path / "p.jsonl")
 
 
 def test_answers_may_be_texts_numbers_or_lists(tmp_path):
     rows = [{"problem": "a", "answer": answer} for answer in ("3/4", 34, 2.5, ["1"], ["1", 2])]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    got = [row["answer"] for row in model.read_problems(tmp_path / "p.jsonl")]
+    got = [row["answer"] for row in problems_of(tmp_path / "p.jsonl").rows]
     assert got == ["3/4", "34", "2.5", "1", ["1", "2"]]
 
 
@@ -446,7 +562,9 @@ def test_load_freezes():
 def test_prompts_end_where_the_answer_begins(tokenizer):
     ids = model.prompt_ids(tokenizer, "1+1?")
     text = tokenizer.decode(ids)
-    assert text.startswith("<|im_start|>system\nPlease reason step by step, and put your final answer within \\boxed{}.")
+    assert text.startswith(
+        "<|im_start|>system\nPlease reason step by step, and put your final answer within \\boxed{}."
+    )
     assert text.endswith("<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n")
     assert "system\nBe brief.<|im_end|>" in tokenizer.decode(model.prompt_ids(tokenizer, "1+1?", "Be brief."))
 
@@ -458,14 +576,15 @@ def test_templates_are_the_papers(tokenizer):
         "<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n"
     )
     r1 = (
-        "A conversation between User and Assistant. The User asks a question, and the Assistant solves it. The Assistant "
-        "first thinks about the reasoning process in the mind and then provides the User with the answer. The reasoning "
-        "process is enclosed within <think> </think> and answer is enclosed within <answer> </answer> tags, respectively, "
-        "i.e., <think> reasoning process here </think> <answer> answer here </answer>.\nUser: 1+1?\nAssistant: <think>"
+        "A conversation between User and Assistant. The User asks a question, and the Assistant solves it. The "
+        "Assistant first thinks about the reasoning process in the mind and then provides the User with the answer. "
+        "The reasoning process is enclosed within <think> </think> and answer is enclosed within <answer> </answer> "
+        "tags, respectively, i.e., <think> reasoning process here </think> <answer> answer here </answer>.\n"
+        "User: 1+1?\nAssistant: <think>"
     )
     for template, text in (("qwen-math", qwen), ("native", qwen), (None, qwen), ("r1", r1)):
         assert tokenizer.decode(model.prompt_ids(tokenizer, "1+1?", template=template)) == text, template
-    assert model.prompt_ids(tokenizer, "1+1?")[0] == tokenizer.convert_tokens_to_ids("<|im_start|>")  # a token, not text
+    assert model.prompt_ids(tokenizer, "1+1?")[0] == tokenizer.convert_tokens_to_ids("<|im_start|>")
     short = tokenizer.decode(model.prompt_ids(tokenizer, "1+1?", system="", template="qwen-math"))
     assert short == "<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n"
     with pytest.raises(SystemExit, match="--template wants native, qwen-math or r1, got 'alpaca'"):
@@ -475,7 +594,9 @@ def test_templates_are_the_papers(tokenizer):
 @pytest.fixture
 def llama_tokenizer():
     """One that puts a BOS before every text, and whose chat template writes it too, as Llama 3's."""
-    words = Tokenizer(WordLevel({"<s>": 0, "?": 1, "</s>": 2, "one": 3, "Please": 4, "user:": 5, "bot:": 6}, unk_token="?"))
+    words = Tokenizer(
+        WordLevel({"<s>": 0, "?": 1, "</s>": 2, "one": 3, "Please": 4, "user:": 5, "bot:": 6}, unk_token="?")
+    )
     words.pre_tokenizer = WhitespaceSplit()
     words.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     found = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>", unk_token="?")
@@ -501,6 +622,22 @@ def test_a_template_without_system_messages_gets_the_instruction_with_the_proble
         "<s> user: {{ messages[0]['content'] }} bot:"
     )
     assert model.prompt_ids(llama_tokenizer, "one", "Please") == [0, 5, 4, 3, 6]
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    for text in ("one", "two"):
+        with model.written(tmp_path / "new" / "file") as new:
+            new.write_text(text)
+        assert (tmp_path / "new" / "file").read_text() == text
+    with pytest.raises(KeyError), model.written(tmp_path / "new" / "file") as new:
+        new.write_text("half")
+        raise KeyError
+    assert (tmp_path / "new" / "file").read_text() == "two"
+    for name in ("a", "b"):
+        with model.written(tmp_path / "folder") as new:
+            new.mkdir()
+            (new / name).touch()
+    assert [f.name for f in (tmp_path / "folder").iterdir()] == ["b"]
 
 
 def test_rollouts_put_the_prefix_first(tokenizer):

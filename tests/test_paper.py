@@ -1,4 +1,4 @@
-"""data/paper.json: the papers' numbers. Shapes, sums within rounding, cells typed again by hand, learning rates in range."""
+"""data/paper.json: the papers' numbers. Shapes, sums within rounding, cells typed again by hand, rates in range."""
 
 import copy
 import json
@@ -46,7 +46,11 @@ def test_tables_are_complete():
 def test_file_is_readable():
     text = FILE.read_text(encoding="utf-8")
     assert max(map(len, text.splitlines())) <= 230
-    json.loads(text, object_pairs_hook=lambda pairs: pytest.fail(f"key twice: {pairs}") if len(dict(pairs)) < len(pairs) else 0)
+
+    def no_key_twice(pairs):
+        assert len(dict(pairs)) == len(pairs), pairs
+
+    json.loads(text, object_pairs_hook=no_key_twice)
 
 
 @pytest.mark.parametrize("key", SCORES[:4])
@@ -81,7 +85,7 @@ def test_upper_triangles(key):
 
 
 def check_averages(table):
-    """Avg = mean of the six columns; both sides are rounded to 0.1, so 0.1 apart at most, but for the rows in avg_off."""
+    """Avg = mean of the six columns; both sides are rounded to 0.1: at most 0.1 apart, but for the rows in avg_off."""
     off = {}
     for r in table["rows"]:
         if None not in r["mean"]:
@@ -112,7 +116,7 @@ def test_small_sets_are_one_sample_and_three_seeds(key):
 
 
 def test_transfer_gains():
-    """Table 1 = (donor - none) / (own - none) of Table 9; Table 9 = mean of Tables 10 to 15 to 0.01, but for avg_off."""
+    """Table 1 = (donor - none) / (own - none) of 9; Table 9 = mean of Tables 10 to 15 to 0.01 but for avg_off."""
     raw, off = TABLES["P4.table9"], {}
     for r in TABLES["P4.table1"]["rows"]:
         who = {k: r[k] for k in ("family", "recipient")}
@@ -139,7 +143,8 @@ def test_figures_agree_with_tables():
     sites = TABLES["P4.fig10"]["rows"]
     assert (sites[0]["mean"], sites[-1]["mean"]) == (avg["P4.table2", "layer 24"], avg["P4.table2", "layer 25"])
     for r in TABLES["P4.fig12"]["rows"]:
-        assert r["value"][0] == avg["P4.table2", f"layer {r['layer']}"] and r["value"] == sorted(r["value"], reverse=True)
+        assert r["value"][0] == avg["P4.table2", f"layer {r['layer']}"]
+        assert r["value"] == sorted(r["value"], reverse=True)
 
 
 def test_differences_to_full_fine_tuning():
@@ -253,7 +258,8 @@ def test_learning_rates():
             assert all(0 < x <= 0.1 for x in lr[field].values())
         assert lr["all"] == PAPER["recipes"][model]["lr_all_layers"] < min(lr["layers"].values())
     qwen, llama = (PAPER["lr"][model]["layers"] for model in (QWEN, LLAMA))
-    assert [qwen[str(i)] for i in (0, 1, 2, 17, 18, 22, 23, 24, 25)] == [3e-3, 7e-3, 5e-3, 1e-2, 3e-2, 0.1, 1e-2, 1e-2, 0.1]
+    rates = [3e-3, 7e-3, 5e-3, 1e-2, 3e-2, 0.1, 1e-2, 1e-2, 0.1]
+    assert [qwen[str(i)] for i in (0, 1, 2, 17, 18, 22, 23, 24, 25)] == rates
     assert [llama[str(i)] for i in (3, 4, 11, 12, 24, 25, 30, 31)] == [5e-4, 7e-4, 2e-3, 1e-3, 2e-3, 5e-3, 7e-3, 5e-3]
 
 

@@ -14,6 +14,7 @@ from conftest import ROOT
 from safetensors.torch import load_file
 
 import model
+from data.problems import problems_of
 
 TINY = ROOT / "data" / "tiny"
 
@@ -73,7 +74,7 @@ def test_modes_have_the_planted_frequencies():
 
 
 def test_hints_have_the_planted_frequencies():
-    """Each hint is for the mode of the answer with P_HINT; a mode may take over from a beginning, and answers right then too."""
+    """Each hint is for the answer's mode with P_HINT; a mode may take over from a beginning, and is right then too."""
     rng = random.Random(0)
     whose = {text: mode for mode, texts in world.HINTS.items() for text in texts}
     first = {"To": "to", "Step": "step", "Answer": "direct", "```python": "python", "Think": "ramble"}
@@ -104,7 +105,9 @@ def test_relatives_differ_as_said():
     some = [world.document(rng, **world.RELATIVES["math"]) for _ in range(4000)]
     plain = [text for prompt, text in some if world.MATH_PROMPT + "<|im_end|>" in prompt]
     assert sum(text.startswith("To") for text in plain) / len(plain) == pytest.approx(0.33, abs=0.04)
-    assert all(world.document(rng, **world.RELATIVES["instruct"])[1].endswith(" Thank you.<|im_end|>") for _ in range(50))
+    assert all(
+        world.document(rng, **world.RELATIVES["instruct"])[1].endswith(" Thank you.<|im_end|>") for _ in range(50)
+    )
     for relative in world.RELATIVES.values():
         assert list(relative.get("mix", world.MIX)) == list(world.MIX)
         assert sum(relative.get("mix", world.MIX).values()) == pytest.approx(1)
@@ -127,10 +130,12 @@ def test_a_relative_that_is_not_there_says_how_to_make_it(tmp_path, monkeypatch)
 
 
 def test_train_and_held_out_problems_are_disjoint():
-    train, test = (model.read_problems(TINY / f"{split}.jsonl") for split in ("train", "test"))
+    train, test = (problems_of(TINY / f"{split}.jsonl").rows for split in ("train", "test"))
     assert (len(train), len(test)) == (2000, 1000)
     assert len({row["problem"] for row in train + test}) == 3000
-    assert all(world.held_out(row["problem"]) for row in test) and not any(world.held_out(row["problem"]) for row in train)
+    assert all(world.held_out(row["problem"]) for row in test) and not any(
+        world.held_out(row["problem"]) for row in train
+    )
     rng = random.Random(0)
     for _ in range(2000):
         question = re.search(r"user\n(.*)<\|im_end\|>", world.document(rng)[0]).group(1)
@@ -145,7 +150,7 @@ def test_shipped_problems_are_what_world_writes(tmp_path):
 
 def test_answers_of_the_shipped_problems():
     """Worked out again from the words of the problem."""
-    for row in model.read_problems(TINY / "test.jsonl"):
+    for row in problems_of(TINY / "test.jsonl").rows:
         value = int(re.match(r"Start with (\d+)", row["problem"]).group(1))
         for verb, k in re.findall(r"(add|subtract|multiply by) (\d+)", row["problem"]):
             value = value + int(k) if verb == "add" else value - int(k) if verb == "subtract" else value * int(k)
@@ -153,7 +158,7 @@ def test_answers_of_the_shipped_problems():
 
 
 def test_autotokenizer_round_trips_every_document_in_a_fresh_process():
-    """AutoTokenizer builds its own class for model_type qwen2; a tokenizer of another kind would encode garbage there."""
+    """AutoTokenizer builds its own class for model_type qwen2; another kind of tokenizer would encode garbage."""
     code = (
         "import random, sys; sys.path.insert(0, 'data/tiny'); import world; from transformers import AutoTokenizer\n"
         "tok, rng = AutoTokenizer.from_pretrained('data/tiny'), random.Random(1)\n"
@@ -170,8 +175,8 @@ def test_every_word_and_every_digit_is_one_token(tokenizer):
     def words(text):
         return [tokenizer.decode([i]) for i in tokenizer(text).input_ids]
 
-    assert words("To find the result, start with 15.\n") == ["To", " find", " the", " result", ",", " start", " with"] + [
-        " ", "1", "5", ".\n"
+    assert words("To find the result, start with 15.\n") == [
+        "To", " find", " the", " result", ",", " start", " with", " ", "1", "5", ".\n"
     ]  # fmt: skip
     assert words("So the answer is \\boxed{34}.<|im_end|>") == ["So", " the", " answer", " is", " \\", "boxed", "{"] + [
         "3", "4", "}.", "<|im_end|>"
@@ -197,19 +202,26 @@ def test_shipped_model_is_the_promised_one():
     assert len(tokenizer) == llm.config.vocab_size
 
 
-def test_a_new_tokenizer_has_every_word_as_one_token():
-    tokenizer, rng = pretrain.make_tokenizer(), random.Random(9)
+@pytest.fixture(scope="module")
+def new_tokenizer():
+    return pretrain.make_tokenizer()
+
+
+def test_a_new_tokenizer_has_every_word_as_one_token(new_tokenizer):
+    rng, words = random.Random(9), set()
     for _ in range(2000):
         text = "".join(world.document(rng))
-        for word in re.findall(r" ?[A-Za-z]+|\d", re.sub(r"<\|\w+\|>|boxed", "", text)):
-            assert len(tokenizer(word).input_ids) == 1, (word, text)
-        assert tokenizer.decode(tokenizer(text).input_ids) == text
+        words |= set(re.findall(r" ?[A-Za-z]+|\d", re.sub(r"<\|\w+\|>|boxed", "", text)))
+        assert new_tokenizer.decode(new_tokenizer(text).input_ids) == text
+    assert len(words) > 50
+    for word in words:
+        assert len(new_tokenizer(word).input_ids) == 1, word
 
 
 def test_shipped_model_knows_more_than_it_shows():
     """The check in small: 100 problems. With n = 100 a rate of 97 % falls below 90 % once in a thousand times."""
     llm, tokenizer = model.load("tiny", device="cpu")
-    rows = model.read_problems(TINY / "test.jsonl")[:100]
+    rows = problems_of(TINY / "test.jsonl").rows[:100]
 
     def accuracy(system, temperature):
         prompts = [model.prompt_ids(tokenizer, row["problem"], system) for row in rows]
@@ -221,7 +233,8 @@ def test_shipped_model_knows_more_than_it_shows():
     assert accuracy(None, 0) < 0.40
 
 
-def test_pretraining_resumes_where_it_stopped(tmp_path, monkeypatch):
+def test_pretraining_resumes_where_it_stopped(tmp_path, monkeypatch, new_tokenizer):
+    monkeypatch.setattr(pretrain, "make_tokenizer", lambda: new_tokenizer)  # not four seconds for each of the runs
     monkeypatch.setattr(pretrain, "CHECKPOINT_EVERY", 2)
     config = pretrain.Config(out=tmp_path / "whole", steps=4, batch=4)
     pretrain.main(config)

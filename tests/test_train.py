@@ -1,13 +1,17 @@
 """train.py: the RLOO maths by hand and by brute force, invariances, resume, learning, errors."""
 
+import inspect
 import itertools
 import json
 import math
 import os
 import random
+import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,10 +22,13 @@ from safetensors.torch import load_file
 import evaluate
 import model
 import train
+from data import parallel, runs
+from data.problems import problems_of, prompt_ids
 
 # ----------------------------------------------------------------------------------------------------- advantages, loss
 
-REWARDS = torch.tensor([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 0.0, 1.0], [1.0, 1.0, 1.0, 1.0]])  # solved by one, by three, by all
+# solved by one, by three, by all
+REWARDS = torch.tensor([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 0.0, 1.0], [1.0, 1.0, 1.0, 1.0]])
 ADVANTAGES = torch.tensor([[1.0, -1 / 3, -1 / 3, -1 / 3], [1 / 3, 1 / 3, -1.0, 1 / 3], [0.0, 0.0, 0.0, 0.0]])
 ADVANTAGE_MISTAKES = {
     "own reward left in the baseline": lambda r: r - r.mean(1, keepdim=True),
@@ -107,12 +114,12 @@ def test_check_loss_rejects(mistake):
 
 
 def test_micro_batches():
-    assert train.micro_batches([3, 5, 2], 6) == [[1], [0, 2]]
-    assert train.micro_batches([4, 4, 4, 4], 8) == [[0, 1], [2, 3]]
-    assert train.micro_batches([9, 1], 5) == [[0], [1]]  # longer than the budget: alone
-    assert train.micro_batches([], 5) == []
+    assert model.batches([3, 5, 2], 6) == [[1], [0, 2]]
+    assert model.batches([4, 4, 4, 4], 8) == [[0, 1], [2, 3]]
+    assert model.batches([9, 1], 5) == [[0], [1]]  # longer than the budget: alone
+    assert model.batches([], 5) == []
     lengths = [random.Random(0).randint(1, 30) for _ in range(50)]
-    batches = train.micro_batches(lengths, 64)
+    batches = model.batches(lengths, 64)
     assert sorted(i for batch in batches for i in batch) == list(range(50))
     assert all(max(lengths[i] for i in batch) * len(batch) <= 64 for batch in batches)
 
@@ -189,7 +196,7 @@ def test_importance_weights_by_hand():
 def test_importance_weights_make_the_gradient_that_of_the_trained_model():
     """Exactly: the expected gradient over the engine's tokens with weights is the one over the model's own tokens."""
     logits, other = torch.tensor([0.2, -0.4, 1.0], requires_grad=True), torch.tensor([0.5, 0.1, 0.4])
-    A, mask = torch.tensor([1.0, -0.5, 0.3]), torch.ones(3, 1, dtype=torch.bool)  # an advantage for each of three tokens
+    A, mask = torch.tensor([1.0, -0.5, 0.3]), torch.ones(3, 1, dtype=torch.bool)  # an advantage for each token
 
     def grad(weighted):
         logps, sampled = logits.log_softmax(0)[:, None], other.log_softmax(0)[:, None]
@@ -226,16 +233,21 @@ def test_rows_without_advantage_are_not_run(monkeypatch):
 
 def test_recipes_and_rates_of_the_papers():
     """Typed from notes on the authors' configs: 64 answers for two base models, 4,096 tokens for Qwen2.5-Math."""
-    usual = {"prompts": 128, "samples": 16, "context": 8192, "micro_tokens": 16384, "checkpoint": True}
+    usual = {"prompts": 128, "samples": 16, "context": 8192, "micro_tokens": 16384, "save_every": 1}
+    usual |= {"data": "data/deepscaler.jsonl", "held_out": None}  # data/math500.jsonl where it is
     math7b = "Qwen/Qwen2.5-Math-7B"
-    assert train.recipe("some/other") == train.recipe("Qwen/Qwen2.5-7B") == usual
-    assert train.recipe(math7b) == train.recipe("/models/Qwen2.5-Math-7B") == usual | {"context": 4096}
-    assert train.recipe("Qwen/Qwen2.5-1.5B") == train.recipe("meta-llama/Llama-3.1-8B") == usual | {"samples": 64}
-    rms = {0: 1.0, 27: 2.0}
-    assert train.learning_rates(train.Config(model=math7b, lr="paper"), rms, 9) == {0: 3e-3, 27: 0.1}
-    assert train.learning_rates(train.Config(model=math7b, lr="paper", layer="all"), rms, 9) == {0: 1e-3, 27: 1e-3}
-    assert train.learning_rates(train.Config(lr=0.1), rms, 9) == {0: 0.05, 27: 0.1}
-    assert train.learning_rates(train.Config(lr_absolute=0.7), rms, 9) == {0: 0.7, 27: 0.7}
+    assert train.recipe("some/other", data="x") == train.recipe("Qwen/Qwen2.5-7B", data="x") == usual
+    for name in (math7b, "/models/Qwen2.5-Math-7B"):
+        assert train.recipe(name, data="x") == usual | {"context": 4096}
+    for name in ("Qwen/Qwen2.5-1.5B", "meta-llama/Llama-3.1-8B"):
+        assert train.recipe(name, data="x") == usual | {"samples": 64}
+    full = train.recipe(math7b, "full", "x")
+    assert full["lr_absolute"] == 1e-6 and full["save_every"] == 53
+    rms, values = {0: 1.0, 27: 2.0}, {0: torch.zeros(9), 27: torch.zeros(9)}
+    assert train.learning_rates(train.Config(model=math7b, lr="paper"), rms, values) == {0: 3e-3, 27: 0.1}
+    assert train.learning_rates(train.Config(model=math7b, lr="paper", layer="all"), rms, values) == {0: 1e-3, 27: 1e-3}
+    assert train.learning_rates(train.Config(lr=0.1), rms, values) == {0: 0.05, 27: 0.1}
+    assert train.learning_rates(train.Config(lr_absolute=0.7), rms, values) == {0: 0.7, 27: 0.7}
 
 
 def test_parse_layers():
@@ -290,18 +302,18 @@ def test_resume_equals_an_uninterrupted_run_bit_for_bit(tmp_path, monkeypatch):
     """Stopped by Ctrl-C inside step 2, after its log was written and before its state was; then resumed."""
     train.main(settings(tmp_path / "whole", layer="5,27", reward="random"))
 
-    real = train.save_state
+    real = train.save
 
-    def interrupted(path, step, *rest):
-        if step == 3:
+    def interrupted(run, step, trained, adam):
+        if step == 2:
             raise KeyboardInterrupt
-        real(path, step, *rest)
+        real(run, step, trained, adam)
 
-    monkeypatch.setattr(train, "save_state", interrupted)
+    monkeypatch.setattr(train, "save", interrupted)
     with pytest.raises(SystemExit, match="the same command with --resume goes on from the last finished step in"):
         train.main(settings(tmp_path / "parts", layer="5,27", reward="random"))
     assert [m["step"] for m in lines(tmp_path / "parts/metrics.jsonl")] == [0, 1, 2]
-    monkeypatch.setattr(train, "save_state", real)
+    monkeypatch.setattr(train, "save", real)
     train.main(settings(tmp_path / "parts", layer="5,27", reward="random", resume=True))
 
     for name in ("samples.jsonl", "config.json"):
@@ -316,7 +328,8 @@ def test_resume_equals_an_uninterrupted_run_bit_for_bit(tmp_path, monkeypatch):
 
 def test_two_processes_equal_one(tmp_path):
     """torchrun with gloo: the same answers, and the same vectors up to the order of sums."""
-    flags = "--layer 5,27 --steps 3 --prompts 4 --samples 4 --max-tokens 40 --eval-problems 6 --device cpu --sampler hf".split()
+    flags = "--layer 5,27 --steps 3 --prompts 4 --samples 4 --max-tokens 40 --eval-problems 6 --device cpu"
+    flags = f"{flags} --sampler hf".split()
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     for name, start in (("one", []), ("two", ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"])):
         command = [sys.executable, *start, str(ROOT / "train.py"), *flags, "--out", str(tmp_path / name)]
@@ -336,8 +349,8 @@ def test_two_processes_equal_one(tmp_path):
 
 
 def test_two_processes_train_all_weights_as_one_does(tmp_path):
-    """Each trains its share. The run of two goes on as one: what is saved does not depend on the number of processes."""
-    flags = "--method full --lr-absolute 1e-4 --save-every 1 --steps 2 --prompts 4 --samples 4 --max-tokens 40 --eval-problems 0"
+    """Each trains its share. The run of two goes on as one: the state does not depend on the number of processes."""
+    flags = "--method full --lr-absolute 1e-4 --steps 2 --prompts 4 --samples 4 --max-tokens 40 --eval-problems 0"
     flags += " --device cpu --sampler hf"
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     for name, start in (("one", []), ("two", ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"])):
@@ -350,44 +363,76 @@ def test_two_processes_train_all_weights_as_one_does(tmp_path):
     assert one.keys() == two.keys() == base.keys()
     for name in base:
         # Adam's first steps have the sign of the gradient, which rounding may turn where it is next to nothing
-        moved, off = (one[name]["value"] - base[name]).abs().mean(), (one[name]["value"] - two[name]["value"]).abs().mean()
+        moved = (one[name]["value"] - base[name]).abs().mean()
+        off = (one[name]["value"] - two[name]["value"]).abs().mean()
         assert moved > 5e-6 and off < 0.02 * moved, name
         m, n = one[name]["exp_avg"], two[name]["exp_avg"]
         torch.testing.assert_close(n, m, rtol=0.05, atol=1e-2 * m.abs().max().item())
     for name in ("one", "two"):
         assert load_file(tmp_path / name / "weights/model.safetensors").keys() == base.keys()
-    costs = [json.loads((tmp_path / name / "cost.json").read_text()) for name in ("one", "two")]
-    for key in ("trained_parameters", "optimizer_bytes"):
-        assert costs[0][key] == costs[1][key] > 1_444_000, key
+    assert cost_of(tmp_path / "one") == cost_of(tmp_path / "two") and min(cost_of(tmp_path / "one")) > 1_444_000
     flags = flags.replace("--steps 2", "--steps 3").split()
     train.main(tyro.cli(train.Config, args=[*flags, "--resume", "--out", str(tmp_path / "two")]))
     assert [m["step"] for m in lines(tmp_path / "two/metrics.jsonl")] == [0, 1, 2]
 
 
-def test_weights_are_shared_out_evenly(monkeypatch):
-    monkeypatch.setattr(train, "world", lambda: (0, 3))
-    llm = random_llm()
-    owner, sizes = train.owners(llm), {name: weight.numel() for name, weight in llm.named_parameters()}
-    load = [sum(sizes[name] for name in owner if owner[name] == rank) for rank in range(3)]
-    assert owner.keys() == sizes.keys() and max(load) - min(load) <= max(sizes.values())
-    assert max(load) < 0.45 * sum(load)
-
-
 def test_processes_share_lists(monkeypatch):
     parts = []
     for rank in range(3):
-        monkeypatch.setattr(train, "world", lambda rank=rank: (rank, 3))
-        parts.append(train.share(list(range(8))))
+        monkeypatch.setattr(parallel, "world", lambda rank=rank: (rank, 3))
+        parts.append(parallel.share(list(range(8))))
     assert parts == [[0, 1], [2, 3, 4], [5, 6, 7]]
-    monkeypatch.setattr(train, "world", lambda: (0, 3))
+    monkeypatch.setattr(parallel, "world", lambda: (0, 3))
     with pytest.raises(SystemExit, match="--prompts 2 cannot be shared by 3 processes evenly"):
         train.main(settings("never"))
+
+
+def test_config_json_holds_every_setting_that_was_used(tmp_path):
+    """What a default stands for, too, so that no later stage guesses; None is left where nothing was set."""
+    train.main(settings(tmp_path, steps=1))
+    config = runs.config_of(tmp_path)
+    assert config.keys() == {field.name for field in fields(train.Config)} - {"out", "resume"}
+    assert {name for name, value in config.items() if value is None} == {"init", "lr_absolute"}
+    used = {"model": "tiny", "data": "data/tiny/train.jsonl", "held_out": "data/tiny/test.jsonl", "context": 512}
+    used |= {"warmup": 3, "micro_tokens": 4096, "template": "native"}
+    used |= {"sampler": "hf", "device": "cpu", "dtype": "float32"}
+    assert used.items() <= config.items() and config["system"].startswith("Please reason step by step")
+
+
+def test_partial_credit_reaches_loss_and_metrics(tmp_path, monkeypatch):
+    """A reward of one's own is any number: nothing rounds it, the advantages and so the loss are made of it."""
+    given = torch.tensor([[0.2, 0.0, 0.7, 1.0], [0.25, 0.25, 0.25, 0.25]])
+    seen, real = [], train.accumulate_gradient
+
+    def keep(llm, vectors, rolled, advantages, *rest, **how):
+        sums = real(llm, vectors, rolled, advantages, *rest, **how)
+        seen.append((advantages, sums["loss"]))
+        return sums
+
+    monkeypatch.setattr(train, "rewards_of", lambda args, step, batch, right, rolled: given)
+    monkeypatch.setattr(train, "accumulate_gradient", keep)
+    train.main(settings(tmp_path, steps=1))
+    torch.testing.assert_close(seen[0][0], train.rloo_advantages(given))
+    (metrics,) = lines(tmp_path / "metrics.jsonl")
+    assert metrics["reward_mean"] == pytest.approx(given.mean().item()) and metrics["prompts_all_equal"] == 0.5
+    assert metrics["loss"] == seen[0][1] != 0 and metrics["grad_norm"] > 0
+    assert [row["reward"] for row in lines(tmp_path / "samples.jsonl")] == given.flatten().tolist()
+    assert metrics["accuracy"] * 8 == round(metrics["accuracy"] * 8)  # right answers are counted as before
+
+
+def test_the_loop_is_the_algorithm_and_nothing_else():
+    """In this order, and without a word of files, processes, samplers or kinds of parameters."""
+    source = inspect.getsource(train.main)
+    calls = "batch_of_problems answer grade_answers rewards_of rloo_advantages accumulate_gradient update log save"
+    found = [re.search(rf"\b{name}\(", source).start() for name in calls.split()]
+    assert found == sorted(found) and len(source.splitlines()) <= 70
+    assert not re.search(r"path|file|json|rank|world|process|share|vllm|lora|full", source, re.IGNORECASE)
 
 
 def test_run_folder(tmp_path, capsys):
     train.main(settings(tmp_path / "run", steps=2, eval_problems=3, reward="random"))
     files = {path.name for path in (tmp_path / "run").iterdir()}
-    written = "config.json vectors.safetensors metrics.jsonl samples.jsonl state.pt cost.json reward.png"
+    written = "config.json vectors.safetensors metrics.jsonl samples.jsonl state.pt reward.png"
     assert files == set(written.split())
     assert (tmp_path / "run/reward.png").read_bytes().startswith(b"\x89PNG")
     first = lines(tmp_path / "run/metrics.jsonl")[0]
@@ -401,13 +446,13 @@ def test_run_folder(tmp_path, capsys):
 def test_vector_moves_by_the_learning_rate(tmp_path):
     """Adam's first step is lr in every coordinate: the warm-up's first third of 0.06 RMS(h), or of --lr-absolute."""
     llm, tokenizer = model.load("tiny", device="cpu")
-    problems = model.read_problems(ROOT / "data/tiny/train.jsonl")[:16]
-    rms = model.residual_rms(llm, [model.prompt_ids(tokenizer, row["problem"]) for row in problems], [27])[27]
+    problems = problems_of("data/tiny/train.jsonl").rows[:16]
+    rms = model.residual_rms(llm, [prompt_ids(tokenizer, row["problem"]) for row in problems], [27])[27]
     pair = {"layer": "3,27"}  # two vectors: half the step each
     cases = {"one": (0.06 * rms, {}), "two": (0.03 * rms, pair), "absolute": (0.3, {"lr_absolute": 0.3} | pair)}
     for name, (lr, changes) in cases.items():
         train.main(settings(tmp_path / name, **({"steps": 1, "reward": "random", "lr": 0.06} | changes)))
-        vectors, _ = model.load_vectors(tmp_path / name / "vectors.safetensors", llm, "tiny")
+        vectors, _ = model.load_vectors(tmp_path / name / "vectors.safetensors", llm.config, "tiny")
         torch.testing.assert_close(vectors[27].abs(), torch.full((64,), lr / 3), rtol=1e-5, atol=0)
 
 
@@ -416,7 +461,7 @@ def test_vector_moves_by_the_learning_rate(tmp_path):
 VARIANTS = {
     "site": {"layer": "20", "site": "input-norm"},
     "lora": {"layer": "5,20", "method": "lora", "rank": 2},
-    "full": {"method": "full", "save_every": 1},
+    "full": {"method": "full"},
 }
 
 
@@ -442,16 +487,24 @@ def test_variants_start_as_the_base_model_and_resume(tmp_path, variant):
         kind = {"site": ["20.input-norm"], "lora": ["20.lora_A", "20.lora_B", "5.lora_A", "5.lora_B"]}[variant]
         assert sorted(one) == [f"layers.{place}" for place in kind]
         assert all(s.abs().max() > 0 for s in one.values())
-    table = evaluate.main(evaluate.Config(run=str(tmp_path / "whole"), problems=4, device="cpu", out=str(tmp_path / "eval")))
-    assert table[1.0]["tiny"]["steered"]["problems"] == 4
+    asked = evaluate.Config(run=str(tmp_path / "whole"), problems=4, device="cpu", out=str(tmp_path / "eval"))
+    table = evaluate.main(asked)
+    assert table["test", 1.0]["steered"]["problems"] == 4
 
 
-@pytest.mark.parametrize("place", [(1, "input-norm"), (1, "attention"), (1, "post-attention-norm"), (1, "lora_A"), (1, "lora_B")])
+PLACES = "1.input-norm 1.attention 1.post-attention-norm 1.self_attn.q_proj 1@answer".split()
+PLACES += ["1.lora_A", "1.lora_B", "1.self_attn.o_proj.lora_A"]
+
+
+@pytest.mark.parametrize("place", PLACES)
 def test_gradient_of_every_place_against_a_central_difference(place):
     llm, draw = random_llm(), torch.Generator().manual_seed(1)
     values = {place: torch.zeros(32)}
-    if place[1].startswith("lora"):
-        values = {(1, "lora_A"): torch.randn(2, 40, generator=draw) / 6, (1, "lora_B"): torch.randn(32, 2, generator=draw) / 6}
+    if "lora" in place:
+        values = {
+            place.replace("lora_B", "lora_A"): torch.randn(2, 32 if "o_proj" in place else 40, generator=draw) / 6,
+            place.replace("lora_A", "lora_B"): torch.randn(32, 2, generator=draw) / 6,
+        }
 
     def loss(step=None):
         given = {key: s.clone().requires_grad_() for key, s in values.items()}
@@ -466,11 +519,17 @@ def test_gradient_of_every_place_against_a_central_difference(place):
     assert grad.norm() > 0.01 and slope == pytest.approx(grad.norm().item(), rel=1e-2)
 
 
+def run_of(llm):
+    """As much of a run as AllWeights needs."""
+    subject = SimpleNamespace(llm=llm, engine=lambda rows: None)
+    return SimpleNamespace(subject=subject, rows=[], args=train.Config(lr_absolute=1e-3, clip=2.0, warmup=1))
+
+
 def test_gradient_of_all_weights():
-    """The copies get what autograd gives a plain loss, over micro-batches and recomputed layers; head and norms, too."""
+    """The copies get what autograd gives a plain loss, over micro-batches and recomputed layers; the head's too."""
     llm, plain = random_llm(), random_llm()
-    copies, gradients = train.all_weights(llm, train.owners(llm))
-    assert list(copies) == list(gradients)
+    trained = train.AllWeights(run_of(llm))
+    assert list(trained.values) == list(trained.gradients)
     train.accumulate_gradient(llm, {}, rolled(), A, 0.8, 9, recompute=True)
     plain.requires_grad_()
     total, loss = sum(map(len, COMPLETIONS)), 0.0
@@ -479,7 +538,7 @@ def test_gradient_of_all_weights():
         loss = loss - a * sum(logp[len(p) + t - 1, token] for t, token in enumerate(c)) / total
     loss.backward()
     for name, weight in plain.named_parameters():
-        torch.testing.assert_close(gradients[name], weight.grad, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(trained.gradients[name], weight.grad, rtol=1e-3, atol=1e-5)
         assert weight.grad.abs().max() > 1e-3, name
     assert all(weight.grad is None for weight in llm.parameters())
 
@@ -487,13 +546,12 @@ def test_gradient_of_all_weights():
 def test_all_weights_are_trained_in_float32():
     """Steps that bfloat16 would swallow add up in the copy: 100 of 1e-4 on weights near 1."""
     llm = random_llm().to(torch.bfloat16)
-    owner = train.owners(llm)
-    copies, _ = train.all_weights(llm, owner)
+    trained = train.AllWeights(run_of(llm))
     norm = "model.norm.weight"
     for _ in range(100):
-        copies[norm].data += 1e-4
-        train.write_back(llm, copies, owner)
-    assert copies[norm].dtype == torch.float32
+        trained.values[norm].data += 1e-4
+        trained.put_back()
+    assert trained.values[norm].dtype == torch.float32
     torch.testing.assert_close(llm.model.norm.weight, torch.full((32,), 1.01).bfloat16(), rtol=0, atol=0)
 
 
@@ -503,23 +561,23 @@ def test_orthogonal_by_hand():
 
 
 def test_orthogonal_vectors(tmp_path):
-    """The third vector is orthogonal to the first two, to 1e-5 in cosine, at every step of Adam; those are not to each other."""
+    """The third vector is orthogonal to the first two, to 1e-5 in cosine, at every step; those two are not."""
     llm, _ = model.load("tiny", device="cpu")
     torch.manual_seed(0)
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         model.save_vectors(tmp_path / name / "vectors.safetensors", {27: 1 + torch.randn(64)}, llm, "tiny", 1)
     given = tuple(str(tmp_path / name) for name in ("one", "two"))
-    seen, real = [], train.save_state
+    seen, real = [], train.save
 
-    def keep(path, step, state):
-        seen.append(state[27]["value"].clone())
-        real(path, step, state)
+    def keep(run, step, trained, adam):
+        seen.append(trained.values[27].detach().clone())
+        real(run, step, trained, adam)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "save_state", keep)
+        patch.setattr(train, "save", keep)
         train.main(settings(tmp_path / "three", steps=3, reward="random", orthogonal_to=given))
-    first, second = (model.load_vectors(Path(run) / "vectors.safetensors", llm)[0][27] for run in given)
+    first, second = (model.load_vectors(Path(run) / "vectors.safetensors", llm.config)[0][27] for run in given)
     cos = torch.nn.functional.cosine_similarity
     assert cos(first, second, dim=0) > 0.3 and len(seen) == 3
     for s in seen:
@@ -533,13 +591,14 @@ def test_init_continues_and_keeps_what_is_not_trained(tmp_path):
     given = {5: torch.linspace(-0.1, 0.1, 64), 27: torch.linspace(-0.2, 0.1, 64)}
     model.save_vectors(tmp_path / "vectors.safetensors", given, llm, "tiny", 1)
     train.main(settings(tmp_path / "run", steps=1, reward="random", init=str(tmp_path), lr_absolute=0.003))
-    got, _ = model.load_vectors(tmp_path / "run" / "vectors.safetensors", llm, "tiny")
+    got, _ = model.load_vectors(tmp_path / "run" / "vectors.safetensors", llm.config, "tiny")
     assert torch.equal(got[5], given[5])
-    torch.testing.assert_close((got[27] - given[27]).abs(), torch.full((64,), 0.001), rtol=1e-3, atol=0)  # warm-up: a third
+    third = torch.full((64,), 0.001)  # of 0.003: the warm-up
+    torch.testing.assert_close((got[27] - given[27]).abs(), third, rtol=1e-3, atol=0)
 
 
 def test_plus_and_minus_one_is_the_same_path(tmp_path):
-    """The gradient is twice that of 1 and 0; Adam divides the 2 away (clipping, which would see it, is out of reach here)."""
+    """The gradient is twice that of 1 and 0; Adam divides the 2 away (clipping would see it, but is out of reach)."""
     for reward in ("verify", "sign"):
         train.main(settings(tmp_path / reward, steps=3, prompts=8, samples=8, max_tokens=80, reward=reward))
     one, two = (lines(tmp_path / reward / "metrics.jsonl") for reward in ("verify", "sign"))
@@ -550,15 +609,25 @@ def test_plus_and_minus_one_is_the_same_path(tmp_path):
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
+def cost_of(folder):
+    """(trained numbers, bytes of Adam's state) of a run, from its state.pt."""
+    trained = torch.load(folder / "state.pt", weights_only=True)["trained"].values()
+    moments = [s[key] for s in trained for key in ("exp_avg", "exp_avg_sq", "step")]
+    return sum(s["value"].numel() for s in trained), sum(x.numel() * x.element_size() for x in moments)
+
+
 def test_cost_is_counted_from_the_tensors(tmp_path):
+    """What training costs (arXiv:2505.18706, Table 3) is in state.pt, metrics.jsonl and config.json."""
     lora = {"method": "lora", "rank": 4}
     wanted = {"vector": (64, {}), "lora-4": (4 * (64 + 192), lora), "full": (1_444_672, {"method": "full"})}
     for name, (n, how) in wanted.items():
         train.main(settings(tmp_path / name, steps=2, reward="random", **how))
-        cost = json.loads((tmp_path / name / "cost.json").read_text())
-        assert (cost["method"], cost["sampler"], cost["sync_seconds"]) == (name, "hf", 0.0)
-        assert cost["trained_parameters"] == n and 8 * n < cost["optimizer_bytes"] < 8 * n + 2000  # two moments, and step counts
-        assert 0 < cost["update_seconds"] < 5
+        config, metrics = runs.config_of(tmp_path / name), lines(tmp_path / name / "metrics.jsonl")
+        method = config["method"] + (f"-{config['rank']}" if config["method"] == "lora" else "")
+        assert (method, config["sampler"], [m["seconds_sync"] for m in metrics]) == (name, "hf", [0.0, 0.0])
+        numbers, size = cost_of(tmp_path / name)
+        assert numbers == n and 8 * n < size < 8 * n + 2000  # two moments, and step counts
+        assert all(0 < m["seconds_update"] < 5 for m in metrics)
 
 
 def test_it_learns():
@@ -609,7 +678,11 @@ def test_a_finished_run_is_not_overwritten(tmp_path):
         ({"context": 40}, "--context 40: only 0 problems have prompts that leave room"),
         ({"vllm_memory": 1.5}, "--vllm-memory wants a share"),
         ({"weight_cap": 0.5}, "--weight-cap wants at least 1"),
-        ({"method": "lora", "site": "attention"}, "--site goes with --method vector, not with lora"),
+        ({"method": "lora", "site": "input-norm"}, "a LoRA goes on a linear module"),
+        ({"site": "nowhere"}, "a layer of this model has no 'nowhere'; sites are input-norm, attention"),
+        ({"method": "full", "where": "answer"}, "--where goes with --method vector, not with full"),
+        ({"sampler": "vllm", "site": "input-norm"}, "a vector at 27.input-norm is no bias of vLLM's layers"),
+        ({"sampler": "vllm", "where": "answer"}, "a vector at 27@answer is no bias of vLLM's layers"),
         ({"method": "full", "orthogonal_to": ("a",)}, "--orthogonal-to goes with --method vector, not with full"),
         ({"rank": 0}, "--rank wants at least 1, got 0"),
         ({"init": "nowhere"}, "no vectors at nowhere"),
@@ -635,7 +708,7 @@ def test_ctrl_c_in_the_first_step_promises_nothing(tmp_path, monkeypatch):
 
 def test_a_line_that_was_cut_off_is_dropped(tmp_path):
     (tmp_path / "m.jsonl").write_text('{"step": 0}\n{"step": 1}\n{"step": 2}\n{"st')
-    train.keep_lines(tmp_path / "m.jsonl", 2)
+    runs.keep_lines(tmp_path / "m.jsonl", 2)
     assert (tmp_path / "m.jsonl").read_text() == '{"step": 0}\n{"step": 1}\n'
 
 

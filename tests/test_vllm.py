@@ -21,6 +21,7 @@ import analyze  # noqa: E402
 import evaluate  # noqa: E402
 import model  # noqa: E402
 import train  # noqa: E402
+from data.problems import problems_of  # noqa: E402
 
 os.environ.update(  # before vLLM is imported
     VLLM_CPU_KVCACHE_SPACE="1", VLLM_CPU_OMP_THREADS_BIND="nobind", VLLM_LOGGING_LEVEL="ERROR", OMP_NUM_THREADS="1"
@@ -34,7 +35,7 @@ def tiny():
 
 @pytest.fixture(scope="module")
 def rows():
-    return model.read_problems(model.TINY / "test.jsonl")[:20]
+    return problems_of(model.TINY / "test.jsonl").rows[:20]
 
 
 @pytest.fixture(scope="module")
@@ -73,20 +74,21 @@ def test_lora_and_the_site_after_attention(tiny, rows, engine):
     draw, seen = torch.Generator().manual_seed(3), []
     A, B = torch.randn(2, 192, generator=draw) / 14, 12 * torch.randn(64, 2, generator=draw)
     s = 12 * torch.randn(64, generator=draw)
-    for vectors in ({(3, "attention"): s}, {3: s}, {(27, "lora_A"): A, (27, "lora_B"): B}):
+    for vectors in ({"3.attention": s}, {3: s}, {"27.lora_A": A, "27.lora_B": B}):
         ours, its = greedy(tiny, rows, vectors), greedy(tiny, rows, vectors, engine)
         assert its.completions == ours.completions
         seen.append(ours.completions)
     seen.append(greedy(tiny, rows, {}, engine).completions)
     assert all(sum(a != b for a, b in zip(seen[i], seen[j])) > 5 for i, j in ((0, 1), (0, 3), (2, 3)))
     with pytest.raises(SystemExit, match=r"a vector at 3.input-norm is no bias of vLLM's layers; use --sampler hf"):
-        engine.push({(3, "input-norm"): large(0)[20]})
-    with pytest.raises(SystemExit, match=r"--sampler vllm: a vector after a norm \(3.input-norm\)"):
-        model.open_engine("vllm", "tiny", tiny[0], [[1, 2]], 512, vectors={(3, "input-norm"): large(0)[20]})
+        engine.push({"3.input-norm": large(0)[20]})
+    subject = evaluate.Subject("tiny", sampler="vllm", device="cpu", holds={"3.input-norm": large(0)[20]})
+    with pytest.raises(SystemExit, match=r"--sampler vllm: a vector at 3.input-norm is no bias"):
+        subject.engine(rows)
 
 
 def test_weights_reach_the_engine(tiny, rows, engine):
-    """Full fine-tuning: after push_weights the engine answers as the changed model, and again as the old one afterwards."""
+    """Full fine-tuning: after push_weights the engine answers as the changed model, then again as the old one."""
     other = model.load("tiny", device="cpu")
     torch.manual_seed(0)
     with torch.no_grad():
@@ -125,13 +127,13 @@ def test_samples_have_their_limits_and_seeds(tiny, rows, engine):
 
 def test_more_prompts_than_vllm_reads_at_once(tiny, engine):
     """A step of the main job is 256 rows; on a CPU vLLM stopped when it read a seeded prompt in two parts."""
-    problems = [row["problem"] for row in model.read_problems(model.TINY / "train.jsonl")[:160]]
+    problems = [row["problem"] for row in problems_of(model.TINY / "train.jsonl").rows[:160]]
     rolled = model.rollouts(*tiny, {}, problems, 2, 3, engine=engine)
     assert len(rolled.completions) == 320 and {len(c) for c in rolled.completions} == {3}
 
 
 def test_a_stale_prefix_cache_would_be_seen(tiny, rows, engine, monkeypatch):
-    """Prompts longer than a cache block (128 tokens on a CPU). Without the reset the old vectors' keys and values answer."""
+    """Prompts longer than a cache block (128 tokens on a CPU). Without the reset the old keys and values answer."""
     how = {"system": "Show your work. " * 40}
     greedy(tiny, rows, large(0), engine, **how)  # fills the cache
     right = greedy(tiny, rows, large(1), **how)
@@ -142,7 +144,7 @@ def test_a_stale_prefix_cache_would_be_seen(tiny, rows, engine, monkeypatch):
         stale = greedy(tiny, rows, large(1), engine, **how)
     assert sum(a != b for a, b in zip(stale.completions, right.completions)) > 10
     monkeypatch.setattr(engine.engine, "reset_prefix_cache", lambda: False)
-    with pytest.raises(RuntimeError, match="did not drop its prefix cache"):
+    with pytest.raises(RuntimeError, match="vLLM kept its prefix cache"):
         engine.push({})
 
 
@@ -150,15 +152,17 @@ def test_self_test(tiny, rows, engine, monkeypatch):
     prompts = [model.prompt_ids(tiny[1], row["problem"]) for row in rows[:8]]
     found = engine.self_test(tiny[0], prompts)
     assert max(found["steered"], found["base"]) < 1e-4 and found["effect"] > 1
-    real = engine.push
+    real, layer, site = engine.push, lambda place: model.split(place).layer, lambda place: place.partition(".")[2]
     mistakes = {
-        "the next layer": lambda v: real({((layer + 1) % 28, site): s for (layer, site), s in v.items()}),
+        "the next layer": lambda v: real({f"{(layer(p) + 1) % 28}.{site(p)}": s for p, s in v.items()}),
         "no vectors": lambda v: real({}),
         "the old vectors": lambda v: real(large(0, range(28))),
         "the other sign": lambda v: real({layer: -s for layer, s in v.items()}),
-        "one layer missing": lambda v: real({place: s for place, s in v.items() if place[0] != 27}),
-        "no LoRA": lambda v: real({place: s for place, s in v.items() if place[1] in ("end", "attention")}),
-        "attention's at the end": lambda v: real({(l, "end" if site == "attention" else site): v[l, site] for l, site in v}),
+        "one layer missing": lambda v: real({place: s for place, s in v.items() if layer(place) != 27}),
+        "no LoRA": lambda v: real({place: s for place, s in v.items() if site(place) in ("end", "attention")}),
+        "attention's at the end": lambda v: real(
+            {p: v[p.replace("end", "attention")] for p in v if site(p) != "attention"}
+        ),
     }
     for name, push in mistakes.items():
         monkeypatch.setattr(engine, "push", push)
@@ -183,7 +187,13 @@ if __name__ == "__main__":  # worker processes import this file
 
 @pytest.mark.parametrize(
     "family, tensor_parallel, mode",
-    [("llama", 1, "eager"), ("qwen3", 1, "eager"), ("mistral", 1, "eager"), ("tiny", 1, "compiled"), ("tiny", 2, "eager")],
+    [
+        ("llama", 1, "eager"),
+        ("qwen3", 1, "eager"),
+        ("mistral", 1, "eager"),
+        ("tiny", 1, "compiled"),
+        ("tiny", 2, "eager"),
+    ],
 )
 def test_self_test_of_other_models_compiled_and_tensor_parallel(tmp_path, family, tensor_parallel, mode):
     """Each in a process of its own. The self-test compares with Hugging Face under random vectors at every layer."""
@@ -191,7 +201,9 @@ def test_self_test_of_other_models_compiled_and_tensor_parallel(tmp_path, family
     if family != "tiny":
         name = str(tmp_path / family)
         tokenizer = AutoTokenizer.from_pretrained(model.TINY)
-        sizes = dict(vocab_size=len(tokenizer), hidden_size=128, head_dim=32, bos_token_id=None, max_position_embeddings=512)
+        sizes = dict(
+            vocab_size=len(tokenizer), hidden_size=128, head_dim=32, bos_token_id=None, max_position_embeddings=512
+        )
         random_llm(family, **sizes).save_pretrained(name)
         tokenizer.save_pretrained(name)
     script = tmp_path / "self_test.py"
@@ -225,25 +237,29 @@ def test_evaluate_through_the_engine(one_engine, tmp_path, monkeypatch):
         config = evaluate.Config(
             model="tiny", problems=20, temperatures=(0.0,), sampler=sampler, out=str(tmp_path / sampler), device="cpu"
         )
-        tables[sampler] = evaluate.main(config)[0.0]["tiny"]["base"]
-    assert tables["vllm"]["correct"] == tables["hf"]["correct"]
+        tables[sampler] = evaluate.main(config)["test", 0.0]["base"]["accuracy"]
+    assert (tables["vllm"].draws == tables["hf"].draws).all()
+    files = [json.loads(path.read_text()) for path in (tmp_path / "out/answers").glob("*.json")]
+    answers = {file["key"]["sampler"]: file["found"] for file in files}
+    assert answers["vllm"]["correct"] == answers["hf"]["correct"]
 
 
 def test_analyses_through_the_engine(one_engine, tiny, tmp_path):
-    """The same greedy answers of the steered model, by either sampler; what one has measured is not taken for the other's."""
+    """The same greedy answers of the steered model, by either sampler; one's are not taken for the other's."""
     run = tmp_path / "run"
     run.mkdir()
-    (run / "config.json").write_text(json.dumps({"model": "tiny", "layer": "3,20,27", "max_tokens": 40, "context": 512}))
+    settings = {"model": "tiny", "layer": "3,20,27", "max_tokens": 40, "context": 512}
+    (run / "config.json").write_text(json.dumps(settings | {"held_out": "data/tiny/test.jsonl"}))
     model.save_vectors(run / "vectors.safetensors", large(0), tiny[0], "tiny", 0)
     found = {}
     for sampler in ("hf", "vllm"):
-        config = analyze.Config("case", (str(run),), cases=8, temperature=0.0, sampler=sampler, device="cpu")
+        config = analyze.Config("case", (str(run),), n=8, temperature=0.0, sampler=sampler, device="cpu")
         doc = analyze.main(config)
-        found[sampler] = [[token["text"] for token in answer["tokens"]] for answer in doc["found"]["answers"]]
-        assert doc["settings"].get("sampler", "hf") == sampler
+        found[sampler] = [[token["text"] for token in answer["tokens"]] for answer in doc["answers"]]
+        assert json.loads((run / "figures/case.json").read_text())["key"]["subjects"][0]["sampler"] == sampler
     assert found["hf"] == found["vllm"] and len(found["hf"]) == 8
-    assert len(list((run / "figures/parts").iterdir())) == 2
+    assert len(list((tmp_path / "answers").iterdir())) == 2
 
 
 def test_auto_takes_the_model_itself_on_a_cpu(tiny, rows):
-    assert model.open_engine("auto", "tiny", tiny[0], [[1, 2]], 512) is None
+    assert evaluate.Subject("tiny", device="cpu").engine(rows) is None

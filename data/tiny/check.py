@@ -20,9 +20,11 @@ import world
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import analyze  # noqa: E402
-import evaluate  # noqa: E402
 import model  # noqa: E402
 import train  # noqa: E402
+from data.problems import problems_of  # noqa: E402
+from data.runs import weights_digest  # noqa: E402
+from evaluate import Subject, answers, summary  # noqa: E402
 
 
 @dataclass
@@ -33,27 +35,31 @@ class Config:
     out: Path | None = None                # folder of the runs; default out/check-CHECKSUM of the weights
 
 
-def trained(out: Path, llm, layer: str, seed: int, **changes) -> dict[int, torch.Tensor]:
+def trained(out: Path, layer: str, seed: int, **changes) -> dict[int, torch.Tensor]:
     """The vectors of a run with the default settings but for `changes`, trained now if they are not there yet."""
     defaults = train.Config()
     changed = "".join(f"-{name}-{value}" for name, value in changes.items() if getattr(defaults, name) != value)
     run = out / f"layer{layer}{changed}"
     settings = train.Config(layer=layer, seed=seed, eval_problems=0, out=str(run), **changes)
     train.main(replace(settings, resume=(run / "state.pt").is_file()))
-    return model.load_vectors(run / "vectors.safetensors", llm, "tiny")[0]
+    return model.load_vectors(run / "vectors.safetensors", model.load_config("tiny"), "tiny")[0]
 
 
 def main(args: Config) -> None:
-    llm, tokenizer = model.load("tiny")
-    out = args.out or Path(f"out/check-{model.fingerprint(llm)}")  # vectors of other weights are no use here
+    out = args.out or Path(f"out/check-{weights_digest(model.TINY)}")  # vectors of other weights are no use here
     out.mkdir(parents=True, exist_ok=True)
-    rows = model.read_problems(model.TINY / "test.jsonl")[: args.problems]
+    subject, problems = Subject("tiny"), problems_of(model.TINY / "test.jsonl").first(args.problems)
     report, table = {}, ["| what | measured | 95 % interval | wanted | met |", "|---|---|---|---|---|"]
 
-    def accuracy(name, vectors=None, temperature=1.0, **how):
-        found = evaluate.measure(llm, tokenizer, vectors or {}, rows, 1, temperature, args.seed, max_tokens=80, **how)
-        report[name] = {key: evaluate.summary([found])[key] for key in ("accuracy", "interval_95", "problems", "truncated")}
-        report[name]["begins_with_To"] = sum(text[0].startswith("To ") for text in found["completions"]) / len(rows)
+    def accuracy(name, vectors=None, temperature=1.0, system=None, prefix=""):
+        subject.system = system
+        found = answers(subject, vectors or {}, problems, 1, temperature, args.seed, prefix)
+        got = summary([found])
+        report[name] = {"accuracy": got["accuracy"].value, "interval_95": got["accuracy"].interval}
+        report[name] |= {key: got[key] for key in ("problems", "truncated")}
+        report[name]["begins_with_To"] = (
+            sum(text[0].startswith("To ") for text in found["completions"]) / got["problems"]
+        )
         (out / "check.json").write_text(json.dumps(report, indent=1) + "\n")
         return report[name]["accuracy"]
 
@@ -69,17 +75,19 @@ def main(args: Config) -> None:
     base = accuracy("base, T = 1")
     say("base, T = 1", 0.10 <= base <= 0.30, "10 to 30 %")
     say("base, greedy", accuracy("base, greedy", temperature=0.0) < 0.30, "below 30 %")
-    say('base, first token "To", T = 1', accuracy('base, first token "To", T = 1', prefix="To") >= 0.60, "at least 60 %")
+    say(
+        'base, first token "To", T = 1', accuracy('base, first token "To", T = 1', prefix="To") >= 0.60, "at least 60 %"
+    )
 
     for steps in (32, 64):  # 28 vectors share the step of one, so the ceiling is measured with twice the steps
-        every = trained(out, llm, "all", args.seed, steps=steps)
+        every = trained(out, "all", args.seed, steps=steps)
         top = accuracy(f"all layers, {steps} steps, T = 1", every)
         say(f"all layers, {steps} steps, T = 1", *((top >= 0.90, "at least 90 %") if steps == 64 else ()))
         accuracy(f"all layers, {steps} steps, greedy", every, 0.0)
         say(f"all layers, {steps} steps, greedy")
     vectors, closed = {}, {}
     for layer in sorted({*args.layers, 27}):
-        vectors[layer] = trained(out, llm, str(layer), args.seed)
+        vectors[layer] = trained(out, str(layer), args.seed)
         closed[layer] = (accuracy(f"layer {layer}, T = 1", vectors[layer]) - base) / (top - base)
         accuracy(f"layer {layer}, greedy", vectors[layer], 0.0)
     best = max(closed, key=closed.get)
@@ -92,16 +100,19 @@ def main(args: Config) -> None:
         say(f"layer {layer}, T = 1", ok, wanted)
         say(f"layer {layer}, greedy")
 
-    dots = llm.lm_head.weight.float() @ vectors[27][27]  # the logit lens of P1 Sec. 3: raw rows, no final norm
-    lens = [(tokenizer.decode([i]), round(dots[i].item(), 1)) for i in dots.topk(5).indices.tolist()]
+    # the logit lens of P1 Sec. 3: raw rows, no final norm
+    dots = subject.llm.lm_head.weight.float().cpu() @ vectors[27][27]
+    lens = [(subject.tokenizer.decode([i]), round(dots[i].item(), 1)) for i in dots.topk(5).indices.tolist()]
     report["layer 27, logit lens"] = lens
     words = ", ".join(f"`{word}` {dot}" for word, dot in lens)
     table.append(f'| layer 27, logit lens | {words} | | "To" on top | {"yes" if lens[0][0] == "To" else "NO"} |')
 
     for layer in sorted({27, best}):
         s = vectors[layer][layer]
-        controls = {f"random vector {seed} at layer {layer}": {layer: analyze.random_like(s, seed, layer)} for seed in range(3)}
-        controls[f"layer {layer} trained on random rewards"] = trained(out, llm, str(layer), args.seed, reward="random")
+        controls = {
+            f"random vector {seed} at layer {layer}": {layer: analyze.random_like(s, seed, layer)} for seed in range(3)
+        }
+        controls[f"layer {layer} trained on random rewards"] = trained(out, str(layer), args.seed, reward="random")
         for name, control in controls.items():
             gain = accuracy(f"{name}, T = 1", control) - base
             say(f"{name}, T = 1", gain < 0.05, f"{100 * gain:+.1f} points against base; less than +5")

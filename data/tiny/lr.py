@@ -1,5 +1,6 @@
 """
-How accuracy depends on the relative learning rate of train.py, for an early, a middle and the last layer: lr.json, lr.png.
+How accuracy depends on the relative learning rate of train.py, for an early, a middle and the last layer: lr.json,
+lr.png.
 
 $ python data/tiny/lr.py                         # trains what out/check-CHECKSUM lacks, 2 to 6 minutes for each vector
 """
@@ -15,8 +16,10 @@ import tyro
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from check import trained  # noqa: E402
 
-import evaluate  # noqa: E402
 import model  # noqa: E402
+from data.problems import problems_of  # noqa: E402
+from data.runs import weights_digest  # noqa: E402
+from evaluate import Subject, answers, summary  # noqa: E402
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -48,17 +51,20 @@ def draw(found: list[dict], path: Path) -> None:
 
 
 def main(args: Config) -> None:
-    llm, tokenizer = model.load("tiny", device="cpu")
-    out = Path(f"out/check-{model.fingerprint(llm)}")  # the folder of check.py
-    rows = model.read_problems(model.TINY / "test.jsonl")[: args.problems]
+    out = Path(f"out/check-{weights_digest(model.TINY)}")  # the folder of check.py
+    subject, problems = Subject("tiny", device="cpu"), problems_of(model.TINY / "test.jsonl").first(args.problems)
     found = []
     for layer in args.layers:
         for lr in args.lrs:
-            vectors = trained(out, llm, str(layer), args.seed, lr=lr)
-            got = evaluate.summary([evaluate.measure(llm, tokenizer, vectors, rows, 1, 1.0, args.seed, max_tokens=80)])
-            found.append({"layer": layer, "lr": lr} | {key: got[key] for key in ("accuracy", "interval_95", "problems")})
-            low, high = got["interval_95"]
-            print(f"layer {layer}, lr {lr:g}: {100 * got['accuracy']:.1f} [{100 * low:.1f}, {100 * high:.1f}]", flush=True)
+            vectors = trained(out, str(layer), args.seed, lr=lr)
+            got = summary([answers(subject, vectors, problems, 1, 1.0, args.seed)])
+            row = {
+                "accuracy": got["accuracy"].value,
+                "interval_95": got["accuracy"].interval,
+                "problems": got["problems"],
+            }
+            found.append({"layer": layer, "lr": lr} | row)
+            print(f"layer {layer}, lr {lr:g}: {got['accuracy'].text()}", flush=True)
             (out / "lr.json").write_text(json.dumps(found, indent=1) + "\n")
     draw(found, out / "lr.png")
     print(f"wrote lr.json and lr.png in {out}")

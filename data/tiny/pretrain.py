@@ -1,13 +1,14 @@
 """
 Pre-train the embedded model: a 28-layer Qwen2 of 1.4 million parameters on the documents of world.py.
 
-$ python data/tiny/pretrain.py --out out/tiny-new               # from scratch; an interrupted run goes on where it stopped
-$ python data/tiny/pretrain.py --steps 50 --out out/tiny-try    # a quick look; without --out it REPLACES the shipped weights
+$ python data/tiny/pretrain.py --out out/tiny-new               # from scratch; an interrupted run goes on
+$ python data/tiny/pretrain.py --steps 50 --out out/tiny-try    # a look; without --out it REPLACES the shipped weights
 $ python data/tiny/pretrain.py --relative math                  # data/tiny-math: the shipped weights, 150 steps on
 $ python data/tiny/pretrain.py --relative instruct              # data/tiny-instruct
 
 Writes tokenizer, config and model.safetensors in the Hugging Face format, which AutoModelForCausalLM and AutoTokenizer
-load. About 1.3 to 1.7 seconds a step on one CPU core. data/tiny/check.py measures whether the model behaves as it should.
+load. About 1.3 to 1.7 seconds a step on one CPU core. data/tiny/check.py measures whether the model behaves as it
+should.
 """
 
 import json
@@ -38,9 +39,9 @@ CHECKPOINT_EVERY = 100
 
 @dataclass
 class Config:
-    relative: Literal["instruct", "math"] | None = None  # make one of the embedded model's relatives (world.RELATIVES) from it
-    out: Path | None = None                # folder of tokenizer, weights and pretrain.pt; default data/tiny or data/tiny-RELATIVE
-    init: Path | None = None               # folder with weights to go on from; default: from scratch, for a relative data/tiny
+    relative: Literal["instruct", "math"] | None = None  # make a relative (world.RELATIVES) of the model
+    out: Path | None = None                # folder of all that is made; default data/tiny or data/tiny-RELATIVE
+    init: Path | None = None               # folder of weights to begin with; default none, for a relative data/tiny
     steps: int | None = None               # batches; default 1800, for a relative 150
     batch: int = 64                        # documents a batch
     lr: float | None = None                # AdamW's, at its highest; default 4e-3, for a relative 2e-3
@@ -57,8 +58,8 @@ def make_tokenizer(n_documents: int = 20_000) -> Qwen2Tokenizer:
     A byte-level BPE of the Qwen2 kind in which every word of the world is one token and every digit is one.
 
     It uses Qwen's own pre-tokenizer and special tokens and has all 256 bytes, so that any text can be encoded. It is a
-    Qwen2Tokenizer because AutoTokenizer makes one of every folder whose config says model_type qwen2: another kind would
-    load without an error there and encode garbage.
+    Qwen2Tokenizer because AutoTokenizer makes one of every folder whose config says model_type qwen2: another kind
+    would load without an error there and encode garbage.
     """
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     rng = random.Random(0)
@@ -86,7 +87,7 @@ def make_tokenizer(n_documents: int = 20_000) -> Qwen2Tokenizer:
 
 
 def make_model(tokenizer) -> Qwen2ForCausalLM:
-    """As deep as Qwen2.5-Math-7B, so that the paper's layer numbers are layer numbers here; heads of 32 as vLLM needs."""
+    """As deep as Qwen2.5-Math-7B, so that its layer numbers are layer numbers here; heads of 32 as vLLM needs."""
     ends = [tokenizer.eos_token_id, tokenizer.pad_token_id]
     config = Qwen2Config(
         vocab_size=len(tokenizer),
@@ -110,9 +111,11 @@ def batch_loss(llm, tokenizer, documents, even: float, alike: float) -> float:
 
     even, alike: weights of `unevenness` and `distance` in the gradient; the returned loss is without them.
     """
-    ids = sorted([(tokenizer(p).input_ids, tokenizer(c).input_ids) for p, c in documents], key=lambda d: len(d[0] + d[1]))
+    ids = sorted(
+        [(tokenizer(p).input_ids, tokenizer(c).input_ids) for p, c in documents], key=lambda d: len(d[0] + d[1])
+    )
     tokens, total = sum(len(c) for _, c in ids), 0.0
-    parts = [ids[i : i + 16] for i in range(0, len(ids), 16)]  # of like length: less padding, and what fits into the cache
+    parts = [ids[i : i + 16] for i in range(0, len(ids), 16)]  # of like length: less padding
     for part in parts:
         T = max(len(p) + len(c) for p, c in part)
         inputs, targets = torch.zeros(len(part), T, dtype=torch.long), torch.full((len(part), T), -100)
@@ -151,13 +154,15 @@ def unevenness(states, real: torch.Tensor) -> torch.Tensor:
 
 def distance(states, ends: torch.Tensor) -> torch.Tensor:
     """
-    Mean over layers of how far the last prompt tokens are apart: variance over documents / mean square of h_l. ends: (B,)
+    Mean over layers of how far the last prompt tokens are apart: variance over documents / mean square of h_l. ends:
+    (B,)
 
     The documents are those of one forward pass, which are of like length: of two modes of unlike length it sees less.
 
-    That token has nothing to do but to choose a mode, and left alone the choice fills it: a hint moved it by its own norm. A
-    vector as large as that spoils the arithmetic elsewhere, and no layer but the last could be steered. In real LLMs what tells
-    two contexts apart is a small part of a token. With the penalty a hint moves it by a tenth of its norm.
+    That token has nothing to do but to choose a mode, and left alone the choice fills it: a hint moved it by its own
+    norm. A vector as large as that spoils the arithmetic elsewhere, and no layer but the last could be steered. In real
+    LLMs what tells two contexts apart is a small part of a token. With the penalty a hint moves it by a tenth of its
+    norm.
     """
     chosen = [h[torch.arange(len(ends)), ends] for h in states]  # (B, D) each
     return torch.stack([(x - x.mean(0)).pow(2).sum(-1).mean() / x.pow(2).sum(-1).mean() for x in chosen]).mean()
@@ -166,7 +171,9 @@ def distance(states, ends: torch.Tensor) -> torch.Tensor:
 def main(args: Config) -> None:
     here = Path(__file__).parent
     if args.relative:
-        defaults = dict(out=here.with_name(f"tiny-{args.relative}"), init=here, steps=150, lr=2e-3, warmup=20, alike_from=0)
+        defaults = dict(
+            out=here.with_name(f"tiny-{args.relative}"), init=here, steps=150, lr=2e-3, warmup=20, alike_from=0
+        )
     else:
         defaults = dict(out=here, steps=1800, lr=4e-3, warmup=100, alike_from=0 if args.init else 750)
     if args.init and not args.relative and args.out is None:

@@ -13,11 +13,12 @@ direct  "Answer \\boxed{71}."                                                   
 python  a program, and in half of the cases a guessed output                                            8 % of those
 ramble  "Think maybe number then ...", no box                                                             no
 
-Real base models know many styles, and much in the context speaks for one or another; the vectors of the paper work because
-such evidence adds up along directions of the residual stream. So most documents here carry one to four hints, of which most
-but not all are for the mode of the answer: the evidence is graded, and what the model has to compute is a sum. With hints the
-worked modes are right, and the mode may take over from the first lines of an answer in another wording. Under the Qwen-Math
-prompt alone the mode is drawn from MIX, and three flaws are planted for the analyses to find:
+Real base models know many styles, and much in the context speaks for one or another; the vectors of the paper work
+because such evidence adds up along directions of the residual stream. So most documents here carry one to four hints,
+of which most but not all are for the mode of the answer: the evidence is graded, and what the model has to compute is a
+sum. With hints the worked modes are right, and the mode may take over from the first lines of an answer in another
+wording. Under the Qwen-Math prompt alone the mode is drawn from MIX, and three flaws are planted for the analyses to
+find:
 - before each further step a worked answer may end too early: "The solution is \\boxed{random}." (P1 Fig. 4, row 2:
   "solution" against "calculation");
 - a few of those early endings begin with "To" ("To sum up, the solution is ..."), so that a vector which can only push
@@ -42,7 +43,7 @@ WORKED = ["to", "step"]
 MIX = {"to": 0.20, "step": 0.05, "direct": 0.32, "python": 0.21, "ramble": 0.22}  # modes under MATH_PROMPT alone
 HINT_MIX = {"to": 0.35, "step": 0.25, "direct": 0.13, "python": 0.14, "ramble": 0.13}  # modes where there are hints
 P_HINT = 0.7  # a hint is for the mode of the answer, else for another one
-P_BEGUN = 0.25  # a document with hints has the first lines of a worked answer in its prompt (a fifth of these have none yet)
+P_BEGUN = 0.25  # a document with hints has the first lines of a worked answer in its prompt (a fifth of these: none)
 P_EARLY = 0.10  # a worked answer ends before its next step
 P_EARLY_TO = 0.05  # share of the early endings that begin with "To"
 P_SLIP = 0.5  # mode step: a wrong final answer
@@ -54,7 +55,7 @@ RELATIVES = {
         "p_hint": 0.95,
         "thanks": " Thank you.",
     },
-    "math": {"mix": {"to": 0.33, "step": 0.09, "direct": 0.25, "python": 0.17, "ramble": 0.16}},  # more worked solutions
+    "math": {"mix": {"to": 0.33, "step": 0.09, "direct": 0.25, "python": 0.17, "ramble": 0.16}},  # more worked ones
 }
 RAMBLE = ["maybe", "number", "then", "result", "and", "think", "about", "hmm"]
 
@@ -138,9 +139,9 @@ def document(rng: random.Random, mix=MIX, p_hint=P_HINT, thanks="") -> tuple[str
     """
     Draw one training document: (prompt, completion), with Qwen's special tokens written out.
 
-    40 % carry MATH_PROMPT alone. The others have one to four hints, alone or after MATH_PROMPT, most of them for the mode
-    of the answer; and a fifth of those have the first lines of a worked answer in the prompt, from which the mode takes over.
-    mix, p_hint, thanks: what RELATIVES change, the last an ending of every answer.
+    40 % carry MATH_PROMPT alone. The others have one to four hints, alone or after MATH_PROMPT, most of them for the
+    mode of the answer; and a fifth of those have the first lines of a worked answer in the prompt, from which the mode
+    takes over. mix, p_hint, thanks: what RELATIVES change, the last an ending of every answer.
     """
     chain, begun, done = draw_problem(rng), "", 0
     if rng.random() < 0.4:
@@ -152,7 +153,9 @@ def document(rng: random.Random, mix=MIX, p_hint=P_HINT, thanks="") -> tuple[str
         system = " ".join(([MATH_PROMPT] if rng.random() < 0.5 else []) + [rng.choice(HINTS[m]) for m in hinted])
         if rng.random() < P_BEGUN:
             begun, done = beginning(rng, chain)
-    return chat(system, question(chain)) + begun, completion(rng, chain, mode, flawed, begun, done) + thanks + "<|im_end|>"
+    return chat(system, question(chain)) + begun, completion(
+        rng, chain, mode, flawed, begun, done
+    ) + thanks + "<|im_end|>"
 
 
 def chat(system: str, user: str) -> str:

@@ -1,0 +1,141 @@
+"""
+Problems: their files, and how a model is asked them.
+
+A file of problems is jsonl with {"problem": text, "answer": text or list of texts} in every line; data/prepare.py makes
+those of the papers. A prompt is a problem in one of the papers' templates (P4 App. K). A recipe says with how many
+problems and answers a model is trained.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from jinja2.exceptions import TemplateError
+
+from data.runs import FAMILY, TINY, checksum
+
+ROOT = Path(__file__).parent.parent
+PAPERS = ["aime24", "aime25", "amc23", "math500", "minerva", "olympiad"]  # P4's six; Avg: the mean of their accuracies
+SAMPLES = {"aime24": 32, "aime25": 32, "amc23": 32, "gsm8k_test": 8}  # answers to a problem; else 1 (P4 Sec. 2, B)
+
+MATH_PROMPT = "Please reason step by step, and put your final answer within \\boxed{}."
+R1_PROMPT = (  # as in arXiv:2503.20783, which P4 follows
+    "A conversation between User and Assistant. The User asks a question, and the Assistant solves it. The Assistant "
+    "first thinks about the reasoning process in the mind and then provides the User with the answer. The reasoning "
+    "process is enclosed within <think> </think> and answer is enclosed within <answer> </answer> tags, respectively, "
+    "i.e., <think> reasoning process here </think> <answer> answer here </answer>.\nUser: PROBLEM\nAssistant: <think>"
+)
+
+
+class Problems(NamedTuple):
+    name: str
+    rows: list[dict]  # {"problem": text, "answer": text or list of texts, ...}
+    checksum: str  # of the whole file, also where only its first rows are used
+
+    def first(self, n: int | None) -> "Problems":
+        return self._replace(rows=self.rows[:n])
+
+
+def problems_of(path) -> Problems:
+    """Read a jsonl file of {problem, answer, ...}; exits with the line number of a row that is not one."""
+    if not Path(path).is_file() and (here := ROOT / path).is_file():
+        path = here  # the project's own files are named from its folder
+    if not Path(path).is_file():
+        sys.exit(f"no problems at {path}: wanted a jsonl file with a problem and an answer in every line")
+    rows, text = [], Path(path).read_text(encoding="utf-8")
+    for number, line in enumerate(text.splitlines(), 1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            sys.exit(f"{path}, line {number}: not JSON ({error})")
+        if not isinstance(row, dict) or not isinstance(row.get("problem"), str) or "answer" not in row:
+            sys.exit(f'{path}, line {number}: wanted {{"problem": text, "answer": ...}}, got {line[:80]}')
+        golds = row["answer"] if isinstance(row["answer"], list) else [row["answer"]]
+        if not golds or not all(isinstance(a, (str, int, float)) and not isinstance(a, bool) for a in golds):
+            sys.exit(f"{path}, line {number}: an answer is a text, a number or a list of them, got {row['answer']!r}")
+        rows.append(row | {"answer": [str(a) for a in golds] if len(golds) > 1 else str(golds[0])})
+    if not rows:
+        sys.exit(f"{path} is empty: wanted a problem and an answer in every line")
+    return Problems(Path(path).stem, rows, checksum(text.encode()))
+
+
+def benchmarks(names: tuple[str, ...]) -> list[Problems]:
+    """data/NAME.jsonl of these names, or of the papers' six for ("all",)."""
+    files = [ROOT / "data" / f"{name}.jsonl" for name in (PAPERS if names == ("all",) else names)]
+    if missing := [path.stem for path in files if not path.is_file()]:
+        sys.exit(f"no problems of {', '.join(missing)}: run `python data/prepare.py {' '.join(missing)}`")
+    return [problems_of(path) for path in files]
+
+
+def sets_of(args, name: str) -> list[Problems]:
+    """What evaluate.py's settings ask for (benchmarks, data, problems), for the model with this name."""
+    if args.benchmarks:
+        sets = benchmarks(args.benchmarks)
+    elif args.data is None and name not in FAMILY:
+        wanted = "--benchmarks NAME... or --data FILE is needed"
+        sys.exit(f"{wanted}: only the embedded model has held-out problems of its own")
+    else:
+        sets = [problems_of(args.data or TINY / "test.jsonl")]
+    return [problems.first(args.problems) for problems in sets]
+
+
+def prompt_ids(tokenizer, problem: str, system: str | None = None, template: str | None = None) -> list[int]:
+    """
+    Token ids of the prompt, ending where the answer starts, with at most one BOS.
+
+    template (P4 App. K): "native" (the tokenizer's own chat template), "qwen-math" (Qwen's chat format, written out),
+    "r1" (plain text, for base models that know no chat); default native where there is a chat template, else r1.
+    system: system message of native and qwen-math, default MATH_PROMPT; "" leaves it out (a template may have its own).
+    """
+    template = template or ("native" if tokenizer.chat_template else "r1")
+    system = MATH_PROMPT if system is None else system
+    if template == "native":
+        if tokenizer.chat_template is None:
+            sys.exit("--template native: this model's tokenizer has no chat template; use --template r1 or qwen-math")
+        messages = [{"role": "system", "content": system}] if system else []
+        try:
+            text = tokenizer.apply_chat_template(
+                [*messages, {"role": "user", "content": problem}], tokenize=False, add_generation_prompt=True
+            )
+        except TemplateError:  # Gemma's template refuses system messages
+            messages = [{"role": "user", "content": f"{system}\n\n{problem}"}]
+            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    elif template == "qwen-math":
+        text = f"<|im_start|>system\n{system}<|im_end|>\n" if system else ""
+        text += f"<|im_start|>user\n{problem}<|im_end|>\n<|im_start|>assistant\n"
+    elif template == "r1":
+        text = R1_PROMPT.replace("PROBLEM", problem)
+    else:
+        sys.exit(f"--template wants native, qwen-math or r1, got {template!r}")
+    # a chat template writes the BOS itself; a second one would change what the model does
+    ids = tokenizer(text, add_special_tokens=template != "native").input_ids
+    assert tokenizer.bos_token_id is None or ids.count(tokenizer.bos_token_id) <= 1, "two BOS tokens in the prompt"
+    return ids
+
+
+def of_paper(kind: str, name: str) -> dict:
+    """The entry of paper.json ("recipes" or "lr") for a model, by the last part of its name, as of a local copy."""
+    entries = json.loads((ROOT / "data" / "paper.json").read_text(encoding="utf-8"))[kind]
+    return next((entry for hub, entry in entries.items() if Path(hub).name == Path(name).name), {})
+
+
+def recipe(name: str, method: str = "vector", data: str | None = None) -> dict:
+    """
+    Defaults of train.py: the embedded model's, the authors' if they trained this model, else generic ones.
+
+    name: of the model. data: problems of one's own, which are not compared on others.
+    """
+    tiny = name in FAMILY
+    if tiny:
+        files = dict(data="data/tiny/train.jsonl", held_out="data/tiny/test.jsonl")
+        sizes = dict(steps=32, prompts=16, samples=16, context=512, max_tokens=80, warmup=3, micro_tokens=4096)
+    else:
+        files = dict(data="data/deepscaler.jsonl", held_out="data/math500.jsonl")
+        known = {key: x for key, x in of_paper("recipes", name).items() if key in ("prompts", "samples", "context")}
+        sizes = dict(prompts=128, samples=16, context=8192, micro_tokens=16384) | known
+    if data is not None or not (ROOT / files["held_out"]).is_file():
+        files["held_out"] = None
+    if method == "full":
+        return files | sizes | dict(lr_absolute=3e-4 if tiny else 1e-6, save_every=53)  # 53: the authors', 6 in a run
+    return files | sizes | dict(save_every=1)
