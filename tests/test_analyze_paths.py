@@ -1,18 +1,20 @@
 """analyze.py: every condition against a decoder block written out by hand, recovery, attention patterns."""
 
 import itertools
-import json
 import math
-from types import SimpleNamespace
+from functools import partial
 
 import conftest
 import pytest
 import torch
 from conftest import random_llm
+from test_analyze import lab_of
 from transformers import Gemma3TextConfig
 
 import analyze
 import model
+from data import figures
+from data.problems import problems_of
 
 FAMILIES = ["qwen2", "llama", "mistral", "qwen3", "gemma", "gemma2"]
 L = 1  # the block that s, at the end of layer 0, enters
@@ -27,6 +29,12 @@ def vector(seed=0, size=1.0):
 @torch.no_grad()
 def states(llm, ids=IDS):
     return llm.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+
+
+def conditions(llm, layer, s, through_norm=True):
+    """All conditions as contexts: ({name: way}, {sweep: ways})."""
+    lines = {name: partial(model.steer, llm, vectors) for name, vectors in analyze.lines_past(layer, s).items()}
+    return lines, analyze.head_ways(llm, layer, s, through_norm)
 
 
 def through_block(llm, ids=IDS):
@@ -70,7 +78,8 @@ def block_by_hand(llm, X, s, into=(), out=(), q=(), k=(), v=(), whole=False, thr
     U = rms_norm(block.input_layernorm, X, gemma)
     Us = rms_norm(block.input_layernorm, X + s, gemma) if through_norm else U + s
     T, size, group = X.shape[1], 8, 2
-    window = c.sliding_window if family == "mistral" or (family == "gemma2" and c.layer_types[L] == "sliding_attention") else 99
+    slides = family == "mistral" or (family == "gemma2" and c.layer_types[L] == "sliding_attention")
+    window = c.sliding_window if slides else 99
     distance = torch.arange(T)[:, None] - torch.arange(T)
     visible = (distance >= 0) & (distance < window)
 
@@ -113,9 +122,9 @@ def test_every_condition_against_a_block_by_hand(family, through_norm):
     llm, s = random_llm(family, rms_norm_eps=1e-6), vector(size=2.0)
     X, Z = through_block(llm)
     torch.testing.assert_close(Z, block_by_hand(llm, X, s), atol=1e-5, rtol=1e-5)  # the oracle itself
-    lines, sweeps = analyze.conditions(llm, L - 1, s, through_norm)
+    lines, sweeps = conditions(llm, L - 1, s, through_norm)
     assert [len(ways) for ways in sweeps.values()] == [4, 2, 2, 4, 4]
-    want = {("Unmodified", None): {"into": "X"}, ("Skip-Attn", None): {"into": "Y"}, ("Skip-Layer", None): {"into": "Z"}}
+    want = {(name, None): {"into": at} for name, at in (("Unmodified", "X"), ("Skip-Attn", "Y"), ("Skip-Layer", "Z"))}
     want |= {("Steer-Q", i): {"into": "Y", "q": [i]} for i in range(4)}
     want |= {("Steer-K", i): {"into": "Y", "k": [i]} for i in range(2)}
     want |= {("Steer-V", i): {"into": "Y", "v": [i]} for i in range(2)}
@@ -127,7 +136,8 @@ def test_every_condition_against_a_block_by_hand(family, through_norm):
     for (name, i), how in want.items():
         with (lines[name] if i is None else sweeps[name][i])():
             got = through_block(llm)[1]
-        torch.testing.assert_close(got, block_by_hand(llm, X, s, through_norm=through_norm, **how), atol=2e-5, rtol=1e-5)
+        by_hand = block_by_hand(llm, X, s, through_norm=through_norm, **how)
+        torch.testing.assert_close(got, by_hand, atol=2e-5, rtol=1e-5)
         assert all((got - other).abs().max() > 1e-3 for other in seen), f"{name} {i} is the same as another condition"
         seen.append(got)
 
@@ -137,7 +147,7 @@ def test_every_condition_against_a_block_by_hand(family, through_norm):
 
 @pytest.mark.parametrize("family", ["qwen2", "llama", "mistral", "qwen3"])
 def test_steering_values_after_the_norm_adds_a_constant(family):
-    """P4 App. I with groups: Steer-V of key-value head g adds sum over its query heads h of W_O[h] W_V[g] s, whatever A is."""
+    """P4 App. I with groups: Steer-V of key-value head g adds sum over query heads h of it of W_O[h] W_V[g] s."""
     llm, s, g, size = random_llm(family), vector(), 1, 8
     att = model.decoder_layers(llm)[L].self_attn
     value = att.v_proj.weight[g * size : (g + 1) * size] @ s
@@ -208,7 +218,7 @@ def test_hooks_are_gone_after_an_error(qwen2):
 def test_sampling_with_a_cache_is_the_same(family, prompts):
     """Greedy answers of model.sample under a condition against the argmax of whole forward passes."""
     llm, s = random_llm(family), vector(size=3.0)
-    _, sweeps = analyze.conditions(llm, L - 1, s)
+    _, sweeps = conditions(llm, L - 1, s)
     plain, _ = model.sample(llm, prompts, 1, 8, [2], temperature=0)
     changed = 0
     for name, i in (("Steer-Q", 3), ("Steer-K", 0), ("Steer-V", 1), ("Steer-Head", 2), ("Skip-Head", 1)):
@@ -227,9 +237,8 @@ def test_sampling_with_a_cache_is_the_same(family, prompts):
 def check_kl(fn, llm):
     """Against softmax by softmax in double, over the tokens that the states predict."""
     prompts, answers, s = [[5, 6, 7], [8]], [[9, 10], [11, 12, 13]], vector(size=0.3)
-    with model.steer(llm, {0: s}):
-        h_p = analyze.answer_states(llm, prompts, answers)
-    h_q = analyze.answer_states(llm, prompts, answers)
+    h_p = analyze.states(llm, partial(model.steer, llm, {0: s}), prompts, answers)
+    h_q = analyze.states(llm, partial(model.steer, llm, {}), prompts, answers)
     want = []
     for prompt, answer in zip(prompts, answers):
         ids = torch.tensor([prompt + answer])
@@ -255,9 +264,9 @@ def test_kl(family):
 
 def test_kl_sums_are_those_of_single_answers(qwen2):
     prompts, answers = [[5, 6, 7], [8], [9, 3]], [[9, 10], [11, 12, 13], [4]]
-    lines, _ = analyze.conditions(qwen2, 0, vector())
+    lines, _ = conditions(qwen2, 0, vector())
     lines["base"] = lambda: model.steer(qwen2, {})
-    got = analyze.kl_sums(qwen2, lines, prompts, answers, batch=2)
+    got = analyze.kl_sums(qwen2, lines, prompts, answers, tokens=10)
     assert got["Unmodified"] == [0, 0, 0]
     for i in range(3):
         one = analyze.kl_sums(qwen2, lines, [prompts[i]], [answers[i]])
@@ -268,14 +277,17 @@ def test_kl_sums_are_those_of_single_answers(qwen2):
 
 def test_recovery_by_hand():
     base = [4.0, 8.0]
-    assert analyze.recovery([0.0, 0.0], base) == {"value": 1.0, "interval_95": (1.0, 1.0)}
-    assert analyze.recovery(base, base) == {"value": 0.0, "interval_95": (0.0, 0.0)}
-    found = analyze.recovery([1.0, 2.0], base)
-    assert found["value"] == 0.75 and found["interval_95"] == (0.75, 0.75)  # 1 - 1/4 whichever problems are drawn
-    found = analyze.recovery([4.0, 0.0], base)
-    assert found["value"] == pytest.approx(1 - 4 / 12) and found["interval_95"] == (0.0, 1.0)
-    assert analyze.recovery([1.0, 2.0], base, [2.0, 4.0])["value"] == 0.25
-    assert analyze.recovery([8.0, 16.0], base)["value"] == -1  # worse than no vector
+
+    def found(*args):
+        estimate = analyze.recovery(*args)
+        return estimate.value, estimate.interval
+
+    assert found([0.0, 0.0], base) == (1.0, (1.0, 1.0))
+    assert found(base, base) == (0.0, (0.0, 0.0))
+    assert found([1.0, 2.0], base) == (0.75, (0.75, 0.75))  # 1 - 1/4 whichever problems are drawn
+    assert found([4.0, 0.0], base) == (pytest.approx(1 - 4 / 12), (0.0, 1.0))
+    assert found([1.0, 2.0], base, [2.0, 4.0])[0] == 0.25
+    assert found([8.0, 16.0], base)[0] == -1  # worse than no vector
 
 
 def test_familywise_p_against_all_signs():
@@ -305,7 +317,7 @@ def test_patterns_against_a_block_by_hand(family):
     with model.steer(llm, {0: s}):
         X, _ = through_block(llm, IDS[:1])
         block_by_hand(llm, X, s, out=want)
-        got = analyze.patterns(llm, IDS[0].tolist(), queries)
+        got = analyze.patterns(llm, IDS[0, :4].tolist(), IDS[0, 4:].tolist(), queries)
     assert sorted(got) == [0, 1, 2] and got[L].shape == (4, 3, 11)
     torch.testing.assert_close(got[L], torch.cat(want)[:, queries], atol=1e-5, rtol=1e-5)
     assert llm.config._attn_implementation == before and not any(m._forward_hooks for m in llm.modules())
@@ -335,94 +347,87 @@ def test_copies_in_another_dtype_keep_their_rotary_frequencies(qwen2):
 
 # ------------------------------------------------------------------------------------------------------------ analyses
 
-ROWS = [{"problem": f"Start with {i}, add 2.", "answer": str(i + 2)} for i in range(4)]
 
-
-def small_llm(tokenizer):
-    return random_llm(vocab_size=len(tokenizer), max_position_embeddings=256)
+def small_lab(tokenizer, vectors, folder, n=4, **changes):
+    """A lab around a random model that can read the embedded model's problems."""
+    llm = random_llm(vocab_size=len(tokenizer), max_position_embeddings=256)
+    rows = problems_of(model.TINY / "test.jsonl").rows[:n]
+    return lab_of(llm, vectors, folder, tokenizer, rows, **changes)
 
 
 def test_patch_and_its_figure(tokenizer, tmp_path, monkeypatch):
-    llm, real, asked, tested = small_llm(tokenizer), (model.rollouts, analyze.familywise_p), [], []
+    real, asked, tested = (model.rollouts, analyze.familywise_p), [], []
     monkeypatch.setattr(model, "rollouts", lambda *args, **how: asked.append(args[2]) or real[0](*args, **how))
     monkeypatch.setattr(analyze, "familywise_p", lambda gains: tested.extend(gains) or real[1](gains))
     s = vector()
-    numbers = analyze.path_patching(llm, tokenizer, {1: s}, ROWS, {2: vector(1)}, k=2, batch=3, max_tokens=6, sample_heads=True)
-    assert asked[0] == {1: s} and not any(asked[1:])  # texts of the steered model; then conditions that come as contexts
-    total = numbers["lines"]["base"]["kl"] * numbers["settings"]["tokens"]
-    steer_q = [head["over_skip_attn"]["value"] for head in numbers["heads"]["Steer-Q"]]
+    lab = small_lab(tokenizer, [{1: s}, {2: vector(1)}], tmp_path, samples=2, sample_heads=True)
+    doc = analyze.as_json(analyze.patch(lab))
+    assert asked[0] == {1: s}  # texts of the steered model; then one after the other the conditions
+    assert [sorted(map(str, given)) for given in asked[1:4]] == [["1"], ["2.attention"], ["2"]]
+    assert len(asked) == 1 + 9 + 16 and not any(asked[10:])  # those of heads come as contexts
+    found, accuracy = doc["found"], doc["accuracy"]
+    total = found["base"]["kl"] * doc["tokens"]
+    steer_q = [found[f"Steer-Q {i}"]["over_skip_attn"]["value"] for i in range(4)]
     assert [sum(gains) / total for gains in tested[:4]] == pytest.approx(steer_q)
-    assert json.loads(json.dumps(numbers))["settings"]["comparisons"] == 4 + 2 + 2 + 4
-    controls, lines = numbers["controls"], numbers["lines"]
-    assert controls["no_patch"] == 0 and controls["no_groups"] < 1e-5
-    assert controls["all_heads"]["value"] == pytest.approx(1, abs=1e-4)
-    assert lines["Unmodified"]["value"] == 1 and lines["base"]["value"] == 0 and lines["base"]["kl"] > 1e-3
-    assert {"next vector", "random 1, Skip-Attn"} < set(lines)
-    assert numbers["heads"]["Steer-V"][0]["value"] - lines["Skip-Attn"]["value"] == pytest.approx(
-        numbers["heads"]["Steer-V"][0]["over_skip_attn"]["value"]
-    )
-    assert numbers["accuracy"]["Skip-Head 3"]["correct"] == [[0.0, 0.0]] * 4  # a random model
-    assert "Skip-Attn keeps" in numbers["reading"] and "of 12 differ" in numbers["reading"]
-    few = numbers | {"accuracy": {name: numbers["accuracy"][name] for name in lines}}
-    for name, given in ("few", few), ("all", numbers):  # accuracies of the lines, and of every head
-        analyze.draw_patch(json.loads(json.dumps(given)), tmp_path / f"{name}.png")
+    assert len(tested) == 4 + 2 + 2 + 4
+    assert doc["controls"]["no_patch"] == 0 and doc["controls"]["no_groups"] < 1e-5
+    assert found["all heads"]["recovery"]["value"] == pytest.approx(1, abs=1e-4)
+    assert found["Unmodified"]["recovery"]["value"] == 1 and found["base"]["recovery"]["value"] == 0
+    assert found["base"]["kl"] > 1e-3 and {"next vector", "random 1, Skip-Attn"} < set(doc["lines"])
+    difference = found["Steer-V 0"]["recovery"]["value"] - found["Skip-Attn"]["recovery"]["value"]
+    assert difference == pytest.approx(found["Steer-V 0"]["over_skip_attn"]["value"])
+    assert accuracy["Skip-Head 3"]["value"] == 0  # a random model
+    assert "Skip-Attn keeps" in doc["reading"] and "of 12 heads differ" in doc["reading"]
+    assert ["base", "0.0 [0.0, 0.0]"] in [row[:2] for row in doc["table"][1]]
+    few = doc | {"accuracy": {name: accuracy[name] for name in doc["lines"]}}
+    for name, given in ("few", few), ("all", doc):  # accuracies of the lines, and of every head
+        figures.draw("patch", given, tmp_path / f"{name}.png")
         assert (tmp_path / f"{name}.png").stat().st_size > 10_000
 
 
-def test_the_report_lists_what_patch_found():
-    """Its accuracies are under "accuracy", by condition, where other analyses have a number."""
-    share, right = {"value": 0.5, "interval_95": [0.4, 0.6]}, {"accuracy": 0.5, "interval_95": [0.4, 0.6], "correct": [[1], [0]]}
-    rows = analyze.numbers({"lines": {"Skip-Attn": share}, "heads": {"Steer-Q": [share]}, "accuracy": {"base": right}})
-    assert [(row["what"], row["value"]) for row in rows] == [
-        ("lines, Skip-Attn", "50.0 % [40.0, 60.0]"),
-        ("accuracy, base", "50.0 [40.0, 60.0] %"),
-    ]
-
-
-def test_accuracies_are_sampled_under_their_condition(qwen2, tokenizer, monkeypatch):
-    """Right answers appear where the vector is in force: a stand-in for sampling that answers right if the model is steered."""
-    ways = {"Skip-Layer": analyze.conditions(qwen2, 0, vector())[0]["Skip-Layer"], "base": lambda: model.steer(qwen2, {})}
-    plain = states(qwen2)
+def test_accuracies_are_sampled_under_their_condition(tokenizer, tmp_path, monkeypatch):
+    """Right answers appear where the vector is in force: a stand-in for sampling is right if the model is steered."""
+    lab = small_lab(tokenizer, [], tmp_path, samples=2, seed=5)
+    golds, plain = [row["answer"] for row in lab.sets[0].rows], states(lab.llm)
 
     def rollouts(llm, tokenizer, vectors, problems, k, **how):
-        assert vectors == {} and how == {"seed": 5}
+        assert vectors == {} and how == {"seed": 5, "temperature": 1.0, "max_tokens": 6}
         steered = not torch.equal(states(llm), plain)
-        return SimpleNamespace(texts=[rf"\boxed{{{i + 2 if steered and j == 0 else -1}}}" for i in range(4) for j in range(k)])
+        texts = [rf"\boxed{{{gold if steered and j == 0 else 'no'}}}" for gold in golds for j in range(k)]
+        return model.Rollouts([], [], [], texts, None)
 
     monkeypatch.setattr(model, "rollouts", rollouts)
-    found = analyze.accuracies(qwen2, tokenizer, ways, ROWS, 2, seed=5)
-    assert found["base"]["accuracy"] == 0 and found["base"]["over_base"]["accuracy"] == 0
-    assert found["Skip-Layer"]["correct"] == [[1.0, 0.0]] * 4
-    assert found["Skip-Layer"]["over_base"] == {"accuracy": 0.5, "interval_95": (0.5, 0.5)}
+    lines, _ = conditions(lab.llm, 0, vector())
+    assert analyze.under(lab, partial(model.steer, lab.llm, {})).value == 0
+    steered = analyze.under(lab, lines["Skip-Layer"])
+    assert steered.value == 0.5 and steered.interval == (0.5, 0.5)  # one right of two, for every problem
 
 
 def test_attention_and_its_figure(tokenizer, tmp_path):
-    llm = small_llm(tokenizer)
-    numbers = analyze.attention_kl(llm, tokenizer, {0: vector()}, ROWS, queries=9, max_tokens=6)
-    json.dumps(numbers)
-    assert numbers["controls"] == {"largest_below": 0}
-    heads = {name: torch.tensor(x) for name, x in numbers["heads"].items()}
+    doc = analyze.as_json(analyze.attention(small_lab(tokenizer, [{0: vector()}], tmp_path)))
+    assert doc["controls"] == {"largest_below": 0}
+    heads = {name: torch.tensor(x) for name, x in doc["by_head"].items()}
     assert heads["steered"].shape == (3, 4) and heads["floor"].min() > 0
     assert heads["steered"][1:].min() > 10 * heads["floor"].max()
-    for name, x in numbers["layers"].items():
-        assert [m["mean"] for m in x] == pytest.approx(heads[name].mean(1).tolist())
-    assert numbers["above"]["steered"]["mean"] == pytest.approx(heads["steered"][1:].mean().item())
-    analyze.draw_attention(numbers, tmp_path / "attention.png")
+    for name, x in doc["by_layer"].items():
+        assert [m["value"] for m in x] == pytest.approx(heads[name].mean(1).tolist())
+    assert doc["above"]["steered"]["value"] == pytest.approx(heads["steered"][1:].mean().item())
+    figures.draw("attention", doc, tmp_path / "attention.png")
     assert (tmp_path / "attention.png").stat().st_size > 10_000
-    last = analyze.attention_kl(llm, tokenizer, {2: vector()}, ROWS[:1], max_tokens=3)
+    last = analyze.as_json(analyze.attention(small_lab(tokenizer, [{2: vector()}], tmp_path / "last", n=1)))
     assert last["above"] is None and "last layer" in last["reading"]
-    analyze.draw_attention(last, tmp_path / "last.png")
+    figures.draw("attention", last, tmp_path / "last.png")
 
 
-def test_bad_input_is_one_line(qwen2, tokenizer):
-    with pytest.raises(SystemExit, match="layer 2 is the last of 3"):
-        analyze.path_patching(qwen2, tokenizer, {2: vector()}, ROWS)
-    with pytest.raises(SystemExit, match=r"one vector, this one has layers \[0, 1\]"):
-        analyze.path_patching(qwen2, tokenizer, {0: vector(), 1: vector()}, ROWS)
-    with pytest.raises(SystemExit, match="at layer 1"):
-        analyze.path_patching(qwen2, tokenizer, {0: vector()}, ROWS, {2: vector()})
-    with pytest.raises(SystemExit, match="is zero"):
-        analyze.path_patching(qwen2, tokenizer, {0: torch.zeros(32)}, ROWS)
+def test_bad_input_is_one_line(qwen2, tokenizer, tmp_path):
+    def refused(*vectors, match):
+        with pytest.raises(SystemExit, match=match):
+            analyze.patch(lab_of(qwen2, vectors, tmp_path, tokenizer))
+
+    refused({0: vector(), 1: vector()}, match="one vector at the end of a layer; .* has 0, 1")
+    refused({"0.attention": vector()}, match="one vector at the end of a layer; .* has 0.attention")
+    refused({0: vector()}, {2: vector()}, match="at layer 1")
+    refused({0: torch.zeros(32)}, match="is zero")
+    refused({2: vector()}, match="layer 2 is the last of 3")
     qwen2.config.model_type = "phi3"  # q, k and v in one matrix
-    with pytest.raises(SystemExit, match="not for 'phi3'"):
-        analyze.path_patching(qwen2, tokenizer, {0: vector()}, ROWS)
+    refused({0: vector()}, match="not for 'phi3'")

@@ -4,6 +4,8 @@ TransformerLens as a second opinion on the path patching and the attention patte
 Optional: it runs where transformer-lens is installed (pip install transformer-lens==4.3.0), and is skipped elsewhere.
 """
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -46,7 +48,8 @@ def test_every_line_and_every_steered_projection(both):
         return replace
 
     past = ("blocks.27.attn.hook_out", add)  # past the attention: on the residual stream
-    lines, sweeps = analyze.conditions(llm, LAYER, S)
+    lines = {name: partial(model.steer, llm, vectors) for name, vectors in analyze.lines_past(LAYER, S).items()}
+    sweeps = analyze.head_ways(llm, LAYER, S)
     pairs = [
         (lines["Unmodified"], [("blocks.26.hook_out", add)]),
         (lines["Skip-Attn"], [past]),
@@ -71,5 +74,6 @@ def test_every_line_and_every_steered_projection(both):
 def test_attention_patterns(both):
     llm, lens = both
     _, cache = lens.run_with_cache(IDS[:1])
-    for layer, pattern in analyze.patterns(llm, IDS[0].tolist(), torch.arange(IDS.shape[1])).items():
+    text, every = IDS[0].tolist(), torch.arange(IDS.shape[1])
+    for layer, pattern in analyze.patterns(llm, text[:5], text[5:], every).items():
         torch.testing.assert_close(pattern, cache[f"blocks.{layer}.attn.hook_pattern"][0], rtol=0, atol=1e-4)

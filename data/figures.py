@@ -1,0 +1,571 @@
+"""
+Figures: a handful of forms that draw numbers, the same for ours and for the papers'.
+
+A figure is a dict: "title", "panels", "note" (for the caption), and where needed "size", "columns", "heights",
+"share_y". A panel is a dict, too: "form" is the name of one of the forms below, whose other arguments stand beside it,
+as do "xlabel", "ylabel" and "subtitle". So analyze.py and data/paper.py say what is to be seen and never how.
+"""
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")  # a window system is not needed for a PNG
+import matplotlib.pyplot as plt  # noqa: E402
+
+SHADES = matplotlib.colors.LinearSegmentedColormap.from_list("layers", plt.cm.turbo_r(np.linspace(0.08, 0.95, 64)))
+BANDS = "bands: 95 % intervals over problems"
+ERROR_BARS = "error bars: 95 % intervals over problems"
+WIDTH = 112  # characters in a line of tokens
+
+
+def draw(name: str, found: dict, path: Path) -> None:
+    """
+    Write the figure of an analysis as PNG.
+
+    found: what the analysis found, with "about" for the caption (model, n, seed) and "table", which is drawn where
+    FIGURES has no function for the analysis.
+    """
+    figure = FIGURES[name](found) if name in FIGURES else table_figure(found, name)
+    panels = figure["panels"]
+    columns = figure.get("columns", len(panels))
+    rows = -(-len(panels) // columns)
+    size = figure.get("size", (6 if columns == 1 else 8, 3.5 * rows))
+    heights = figure.get("heights", [1] * rows)
+    fig, axes = plt.subplots(
+        rows, columns, figsize=size, squeeze=False, constrained_layout=True, sharey=figure.get("share_y", False),
+        height_ratios=heights,
+    )  # fmt: skip
+    for ax, panel in zip(axes.flat, panels):
+        labels = {name: panel.get(name) for name in ("xlabel", "ylabel", "subtitle")}
+        rest = {name: x for name, x in panel.items() if name not in (*labels, "form")}
+        FORMS[panel["form"]](ax, **rest)
+        ax.set(xlabel=labels["xlabel"], ylabel=labels["ylabel"])
+        ax.set_title(labels["subtitle"], fontsize=10)
+    for ax in axes.flat[len(panels) :]:
+        ax.axis("off")
+    if figure.get("share_y"):
+        for ax in axes[:, 1:].flat:
+            ax.set_ylabel(None)
+    fig.suptitle(figure.get("title"), fontsize=11)
+    fig.supxlabel(plain("; ".join(filter(None, [found.get("about"), figure.get("note")]))), fontsize=7, color="0.4")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fig.savefig(path, dpi=150)
+    plt.close(fig)
+
+
+def plain(text: str) -> str:
+    """Text that matplotlib prints as it stands: between two dollar signs it would read mathematics."""
+    return text.replace("$", r"\$")
+
+
+def quoted(token: str) -> str:
+    """'" To"': a token with its spaces and line breaks to be seen."""
+    return json.dumps(token, ensure_ascii=False)
+
+
+def piece(tokenizer, token: int) -> str:
+    r"""A token as text of its own; a part of a character, which has none, as its bytes: "\xe2\x82"."""
+    raw = tokenizer.convert_ids_to_tokens(token)
+    if raw is None:  # rows of the unembedding that no token uses
+        return f"[{token}]"
+    if raw.startswith("▁"):  # SentencePiece drops the space when it decodes one token
+        return raw.replace("▁", " ")
+    text = tokenizer.decode([token])
+    if "\ufffd" not in text or raw.startswith("<0x"):  # <0xE2> is SentencePiece's own name of a byte
+        return raw if "\ufffd" in text else text
+    # byte-level BPE writes a byte as a printable character: itself, or those from 256 on for the others in order
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in printable]
+    byte = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+    return "".join(f"\\x{byte[c]:02x}" if c in byte else c for c in raw)
+
+
+def spread(values: list[float]) -> dict:
+    """What a box plot shows: quartiles, 5 and 95 % points, the number of values and the largest."""
+    low, q1, med, q3, high = np.percentile(values, [5, 25, 50, 75, 95]).tolist()
+    return {"whislo": low, "q1": q1, "med": med, "q3": q3, "whishi": high, "count": len(values), "max": max(values)}
+
+
+# ------------------------------------------------------------------------------------------------- numbers for a panel
+
+
+def line(label: str, x: Iterable, rows: list[dict], colour, scale=100) -> dict:
+    """A series of estimates, {"value", "interval_95"} each, in percent unless scale says otherwise."""
+    made = {"label": label, "x": list(x), "y": [scale * row["value"] for row in rows], "colour": colour}
+    if rows and "interval_95" in rows[0]:
+        low, high = ([scale * row["interval_95"][i] for row in rows] for i in (0, 1))
+        made |= {"low": low, "high": high}
+    return made
+
+
+def table_figure(found: dict, title: str, note: str = "") -> dict:
+    head, rows = found["table"]
+    size = (1.5 + 1.3 * len(head), 1.2 + 0.3 * len(rows))
+    return {"title": title, "panels": [{"form": "table", "head": head, "rows": rows}], "note": note, "size": size}
+
+
+def level(rows: list[tuple]) -> list[dict]:
+    """Horizontal lines, of [(label, estimate or None, colour)]; the base model's is dashed."""
+    return [
+        {"label": label, "y": 100 * row["value"], "colour": colour} for label, row, colour in rows if row is not None
+    ]
+
+
+def heat_panel(grid, rows, columns, low: float, high: float, texts=None, label="", thin=False) -> dict:
+    """A panel of the form heat; the rows and columns are names."""
+    names = {"rows": list(map(str, rows)), "columns": list(map(str, columns))}
+    return {
+        "form": "heat",
+        "grid": grid,
+        "low": low,
+        "high": high,
+        "texts": texts,
+        "label": label,
+        "thin": thin,
+    } | names
+
+
+# ---------------------------------------------------------------------------------------------------------------- forms
+
+
+def flats(ax, flat: list[dict]) -> None:
+    for one in flat:
+        style = "--" if one["label"].startswith("base") else "-"
+        ax.axhline(one["y"], color=one["colour"], linestyle=style, lw=1.2, zorder=0, label=plain(one["label"]))
+
+
+def key(ax, **where) -> None:
+    if any(text for text in ax.get_legend_handles_labels()[1]):
+        ax.legend(frameon=False, fontsize=8, **where)
+
+
+def lines(ax, series, flat=(), depth=None, names=None, floor=None, log_y=False, whole_x=False, x=None) -> None:
+    """Lines with bands. depth: colours are layers of so many; floor: where y begins; whole_x: integers; x: limits."""
+    for one in series:
+        colour = (
+            SHADES(one["colour"] / max(1, depth - 1)) if depth else one["colour"]
+        )  # early warm, late cool (P4 Fig. 2)
+        ax.plot(one["x"], one["y"], "o-", ms=3, lw=1 if depth else 1.5, color=colour, label=plain(one["label"]) or None)
+        if "low" in one:
+            ax.fill_between(one["x"], one["low"], one["high"], color=colour, alpha=0.2, linewidth=0)
+    flats(ax, flat)
+    if depth:
+        bar = plt.cm.ScalarMappable(plt.Normalize(0, depth - 1), SHADES)
+        ax.figure.colorbar(bar, ax=ax, label="layer of the vector")
+    if names:
+        every = max(1, len(names) // 14)
+        ax.set_xticks(range(0, len(names), every), names[::every], fontsize=7)
+    if floor is not None:
+        ax.set_ylim(floor, None)
+    if x is not None:
+        ax.set_xlim(*x)
+    if log_y:
+        ax.set_yscale("log")
+    if whole_x:
+        ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+    key(ax)
+
+
+def dots(ax, series, flat=(), ticks=None, y=None) -> None:
+    """Estimates as dots with error bars, filled where "full" says so. ticks: {x: name}; y: limits of the axis."""
+    for i, one in enumerate(series):
+        for x, value, low, high, full in zip(one["x"], one["y"], one["low"], one["high"], one["full"]):
+            fill = f"C{i}" if full else "white"
+            ax.errorbar(
+                x, value, [[value - low], [high - value]], fmt="o", ms=4, color=f"C{i}", mfc=fill, capsize=2, lw=1
+            )
+        ax.plot([], [], "o", ms=4, color=f"C{i}", label=one["label"])
+    flats(ax, flat)
+    ax.set_xticks(list(ticks or ()), list((ticks or {}).values()), fontsize=7)
+    if y:
+        ax.set_ylim(*y)
+    key(ax, loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+def bars(ax, series, names, flat=()) -> None:
+    """Estimates as bars with their intervals and the number on top, several series side by side."""
+    width = (0.6 if len(series) == 1 else 0.8) / len(series)
+    for i, one in enumerate(series):
+        x = [g + width * (i - (len(series) - 1) / 2) for g in one["x"]]
+        high = one.get("high", one["y"])
+        error = [[v - a for v, a in zip(one["y"], one.get("low", one["y"]))], [b - v for v, b in zip(one["y"], high)]]
+        error = error if np.any(error) else None  # some of the papers' numbers have none
+        ax.bar(x, one["y"], width, yerr=error, capsize=2, color=one["colour"], label=plain(one["label"]) or None)
+        for at, value, top in zip(x, one["y"], high):
+            ax.text(at, top, f"{value:.1f}", ha="center", va="bottom", fontsize=7)
+    flats(ax, flat)
+    ax.set_xticks(range(len(names)), [plain(name) for name in names], fontsize=8)
+    ax.margins(y=0.15)  # room for the numbers
+    ax.set_ylim(0, None)
+    key(ax, loc="center left", bbox_to_anchor=(1, 0.5))  # bars may stand anywhere
+
+
+def heat(ax, grid, rows, columns, low, high, texts=None, label="", thin=False) -> None:
+    """A matrix as colours, low < 0: RdBu centred at 0, else one hue; texts in its cells, None: an empty cell."""
+    values = np.array([[np.nan if x is None else x for x in row] for row in grid], float)
+    image = ax.imshow(values, cmap="RdBu" if low < 0 else "Blues", vmin=low, vmax=high, aspect="auto")
+    for y, row in enumerate(texts or []):
+        for x, text in enumerate(row):
+            strong = abs(values[y][x]) > 0.65 * high  # False for nan
+            ax.text(x, y, plain(text), ha="center", va="center", fontsize=6, color="white" if strong else "black")
+    for axis, names in ((ax.yaxis, rows), (ax.xaxis, columns)):
+        some = range(0, len(names), max(1, len(names) // 14) if thin else 1)
+        axis.set_ticks(list(some), [plain(names[i]) for i in some], fontsize=7)
+    beyond = np.nanmax(np.abs(values), initial=0) > high
+    ax.figure.colorbar(image, ax=ax, label=label, extend="both" if beyond and low < 0 else "neither")
+
+
+def boxes(ax, boxes, names) -> None:
+    """Box plots, from their quartiles."""
+    drawn = ax.bxp(boxes, showfliers=False, patch_artist=True, widths=0.6, medianprops={"color": "black"})
+    for box in drawn["boxes"]:
+        box.set_facecolor("lightsteelblue")
+    ax.set_xticks(range(1, len(names) + 1), [plain(name) for name in names], fontsize=7)
+    ax.axhline(0, color="black", linewidth=0.5)
+
+
+def lines_in(tokens: list[tuple]) -> list[list]:
+    """Break [(text, ...)] into lines of at most WIDTH characters: [[(column, text, ...)]]; marks line breaks."""
+    lines, column = [[]], 0
+    for text, *rest in tokens:
+        shown = text.replace("\n", "↵") if rest[0] is not None else text.rstrip("\n")
+        if column and column + len(shown) > WIDTH:
+            lines.append([])
+            column = 0
+        lines[-1].append((column, shown, *rest))
+        column += len(shown)
+        if text.endswith("\n"):
+            lines += [[] for _ in range(text.count("\n"))]
+            column = 0
+    return lines
+
+
+def size_of(tokens: list[tuple]) -> tuple[float, float]:
+    """(width, height) in inches of these tokens, so that a character has the width of its font."""
+    broken = lines_in(tokens)
+    width = max(70, max(column + len(text) for row in broken for column, text, *_ in row))
+    return 8 * width / WIDTH, 0.2 * len(broken)
+
+
+def tokens(ax, tokens, limit: float, label="") -> None:
+    """[(text, value, marked)] as text, every token coloured by its value on -limit..limit; value None: grey text."""
+    broken, colours = lines_in(tokens), plt.cm.ScalarMappable(plt.Normalize(-limit, limit), "RdBu")
+    width = max(70, max(column + len(text) for row in broken for column, text, *_ in row))
+    for y, row in enumerate(broken):
+        for column, text, value, marked in row:
+            colour = "0.4"
+            if value is not None:
+                face = colours.to_rgba(value)[:3]
+                edge = {"edgecolor": "black", "linewidth": 0.8} if marked else {"linewidth": 0}
+                ax.add_patch(plt.Rectangle((column, y - 0.45), len(text), 0.9, facecolor=face, **edge))
+                colour = "white" if sum(share * x for share, x in zip((0.3, 0.6, 0.1), face)) < 0.5 else "black"
+            ax.text(column, y, plain(text), family="monospace", fontsize=8, va="center", color=colour)
+    ax.set(xlim=(0, width), ylim=(len(broken) - 0.5, -0.7))
+    ax.axis("off")
+    ax.figure.colorbar(colours, ax=ax, location="top", shrink=0.5, aspect=40, label=label)
+
+
+def table(ax, head, rows) -> None:
+    cells = [[plain(cell) for cell in row] for row in rows]
+    made = ax.table(cells, colLabels=[name.replace(" ", "\n", 1) for name in head], loc="center", edges="horizontal")
+    made.auto_set_font_size(False)
+    made.set_fontsize(8)
+    made.auto_set_column_width(range(len(head)))
+    for (row, _), cell in made.get_celld().items():
+        cell.set_height(0.85 / (len(cells) + 2) * (1.8 if row == 0 else 1))
+    ax.axis("off")
+
+
+FORMS = {form.__name__: form for form in (lines, dots, bars, heat, boxes, tokens, table)}
+
+# ------------------------------------------------------------------------------------- how each analysis is drawn
+
+FIGURES: dict[str, Callable] = {}  # name of an analysis: function of its numbers that returns a figure
+
+
+def figure(panels):
+    """Register the function below as the figure of the analysis of the same name; without one its table is drawn."""
+    return FIGURES.setdefault(panels.__name__, panels)
+
+
+@figure
+def lens(found: dict) -> dict:
+    tables, kind = found["vectors"], "cosine"
+    if len(tables) == 1:  # one vector: its four lists below each other
+        ((label, lists),) = tables.items()
+        tables = {name: {kind: lists[name]} for name in ("cosine", "dot", "dot, gain folded in", "lowest dot")}
+        title, ylabel = f"Which tokens does the vector at layer {label} point at?", "ordered by"
+    else:
+        title, ylabel = "Which tokens do the vectors point at?", "layer of the vector (0-based)"
+    columns = min(8, *(len(table[kind]) for table in tables.values()))
+    grid = [[cosine for _, _, cosine in table[kind][:columns]] for table in tables.values()]
+    texts = [[f"{quoted(t)}\n{x:.2f}" for t, _, x in table[kind][:columns]] for table in tables.values()]
+    low, high = min(0, *map(min, grid)), max(map(max, grid))
+    panel = heat_panel(
+        grid, list(tables), range(1, columns + 1), low and -high, high, texts, "cosine with the unembedding row"
+    )
+    panel |= {"xlabel": "rank", "ylabel": ylabel}
+    note = (
+        f"gain: the final norm's; 95 % of random directions stay below a cosine of {found['chance']:.2f}"
+    )
+    return {"title": title, "panels": [panel], "note": note, "size": (9, 1.6 + 0.4 * len(tables))}
+
+
+@figure
+def shift(found: dict) -> dict:
+    names = [f"{quoted(b['token'])}\n{b['where'].replace('any position', '')}\nn={b['count']}" for b in found["boxes"]]
+    curve = found["by_position"]
+    left = {"form": "boxes", "boxes": found["boxes"], "names": names, "ylabel": "increase of probability"}
+    right = {
+        "form": "lines",
+        "series": [line("", [c["position"] for c in curve], curve, "tab:blue", scale=1)],
+        "floor": 0,
+    }
+    left |= {"subtitle": "tokens with the largest maximum"}
+    right |= {
+        "xlabel": "position in the answer (tokens)",
+        "ylabel": "largest increase, mean",
+        "subtitle": "by position",
+    }
+    note = f"{found['answers']} answers that ended; whiskers: 5 and 95 %; band: 95 % interval of the mean over answers"
+    return {"title": "Which probabilities does the vector raise?", "panels": [left, right], "note": note}
+
+
+@figure
+def prefix(found: dict) -> dict:
+    decodings, colours = ["greedy", "T = 1"], ["0.75", "tab:orange", "tab:blue", "0.45", "tab:green"]
+    series = [
+        line(name, range(2), [found["by_decoding"][d][name] for d in decodings], colour)
+        for name, colour in zip(found["conditions"], colours)
+    ]
+    panel = {"form": "bars", "series": series, "names": decodings, "ylabel": "right answers (%)"}
+    return {"title": "How much of the vector is its first token?", "panels": [panel], "note": ERROR_BARS}
+
+
+@figure
+def case(found: dict) -> dict:
+    tokens = []
+    for text in found["answers"]:
+        tokens += [(word + " ", None, False) for word in text["problem"].split(" ")] + [("\n", None, False)]
+        tokens += [(t["text"], t["steered"] - t["base"], t["differs"]) for t in text["tokens"]] + [
+            ("\n\n", None, False)
+        ]
+    panel = {
+        "form": "tokens",
+        "tokens": tokens[:-1],
+        "limit": 1.0,
+        "label": "change of probability; box: the argmax differs",
+    }
+    width, height = size_of(tokens[:-1])
+    return {"panels": [panel], "note": "first answers of the steered model", "size": (width, height + 1.2)}
+
+
+@figure
+def sweep(found: dict) -> dict:
+    layers, panels = found["layers"], []
+    for decoding, row in found["by_decoding"].items():
+        series = [
+            line(f"{kind or 'one '}vector", layers, [row[f"{kind}{layer}"] for layer in layers], colour)
+            for kind, colour in (("", "tab:orange"), ("random ", "0.5"), ("moved ", "tab:green"))
+            if f"{kind}{layers[0]}" in row
+        ]
+        flat = [("base model", row["base"], "black"), ("all layers", row.get("all"), "tab:blue")]
+        flat = level([*flat, ("all weights", row.get("full"), "tab:purple")])
+        panel = {"form": "lines", "series": series, "flat": flat, "subtitle": decoding, "floor": 0}
+        panel |= {"whole_x": True, "x": [-0.5, found["depth"] - 0.5]}
+        panels.append(panel | {"xlabel": "layer of the vector (0-based)", "ylabel": "right answers (%)"})
+    return {"title": "Which layer to steer?", "panels": panels, "note": BANDS, "share_y": True}
+
+
+@figure
+def ablate(found: dict) -> dict:
+    rows, layers = found["conditions"], found["layers"]
+    series = [
+        line(f"{kind} this layer", range(len(layers)), [rows[f"{kind} {layer}"] for layer in layers], colour)
+        for kind, colour in (("without", "tab:blue"), ("only", "tab:orange"))
+    ]
+    flat = level([("all vectors", rows["all"], "tab:green"), ("base model", rows["base"], "black")])
+    panel = {"form": "lines", "series": series, "flat": flat, "names": layers, "floor": 0, "xlabel": "layer (0-based)"}
+    panel |= {"ylabel": "right answers (%)"}
+    return {"title": "Which of the vectors matter?", "panels": [panel], "note": BANDS, "size": (7, 3.5)}
+
+
+@figure
+def compose(found: dict) -> dict:
+    layers, gains, halves = found["layers"], found["gains"], found.get("halves")
+    most = max(abs(100 * gain["over_single"]["value"]) for gain in gains.values()) or 1.0
+    panels = [("normalised gain (0: better single, 1: all layers)", "share", gains, 1, 1.0)]
+    panels += [("pair minus the better single (points)", "over_single", gains, 100, most)]
+    panels += [("the same with half of each vector (points)", "over_single", halves, 100, most)] if halves else []
+    made = []
+    for title, key, given, scale, limit in panels:
+        grid, texts = [[None] * len(layers) for _ in layers], [[""] * len(layers) for _ in layers]
+        for y, x in zip(*np.triu_indices(len(layers), 1)):
+            gain = given.get(f"{layers[y]}+{layers[x]}")
+            lost = gain is None or gain[key].get("open")
+            grid[y][x] = None if lost else scale * gain[key]["value"]
+            texts[y][x] = "–" if gain is None else "×" if gain["cross"] else "?" if lost else ""
+        made.append(heat_panel(grid, layers, layers, -limit, limit, texts, thin=True) | {"subtitle": title})
+        made[-1] |= {"xlabel": "layer of one vector (0-based)", "ylabel": "layer of the other"}
+    note = "×: 99 % of all layers or more; ?: all layers not clearly above the single; –: lost in the text of the PDF"
+    size = (9, 4.3 * (1 + (len(made) > 2)))
+    return {"title": "Do vectors add up?", "panels": made, "note": note, "size": size, "columns": 2}
+
+
+def side_by_side(found: dict, title: str) -> dict:
+    rows = dict(found["conditions"])
+    flat = level([("base model", rows.pop("base"), "black")])
+    series = [line("", range(len(rows)), list(rows.values()), "tab:orange")]
+    panel = {"form": "bars", "series": series, "flat": flat, "names": [name.replace(", ", "\n") for name in rows]}
+    panel |= {"xlabel": "layer and place of the vector", "ylabel": "right answers (%)"}
+    return {"title": title, "panels": [panel], "note": ERROR_BARS, "size": (max(4.5, 1.5 + 1.1 * len(rows)), 3.5)}
+
+
+@figure
+def sites(found: dict) -> dict:
+    return side_by_side(found, "Where does a vector work?")
+
+
+@figure
+def orthogonal(found: dict) -> dict:
+    return side_by_side(found, "Is there a second direction?")
+
+
+@figure
+def transfer(found: dict) -> dict:
+    donors, grid, texts, names = found["donors"], [], [], []
+    for name, row in found["recipients"].items():
+        shares = [row["shares"].get(donor) for donor in donors]
+        grid.append([share["value"] if share and not share.get("open") else None for share in shares])
+        raw = [f"{100 * row['accuracies'][donor]['value']:.1f} %" for donor in donors]
+        texts.append([text if x is None else f"{x:.2f}\n{text}" for x, text in zip(grid[-1], raw)])
+        names.append(f"{Path(name).name}\n(base {100 * row['accuracies']['base']['value']:.1f} %)")
+    panel = heat_panel(grid, names, donors, -1, 1, texts, "share of the\nown vectors' gain")
+    panel |= {"xlabel": "vectors of", "ylabel": "recipient"}
+    note = "white without a share: the recipient's own gain is missing or not clearly above 0"
+    size = (4.5 + 1.3 * len(donors), 1.6 + 0.6 * len(names))
+    return {"title": "Do vectors work in other models?", "panels": [panel], "note": note, "size": size}
+
+
+@figure
+def persistence(found: dict) -> dict:
+    panels, depth = [], found["depth"]
+    for kind, title in (
+        ("diff_diff", "to the mean shift: Diff-Diff"),
+        ("diff_vector", "to the layer's vector: Diff-Vector"),
+    ):
+        series = []
+        for layer, row in found["by_layer"].items():
+            seen = [(l, x) for l, x in zip(row["layers"], row[kind]) if x is not None]
+            bare = [{"value": x["value"]} for _, x in seen]  # bands of so many lines would hide each other
+            series.append(line("", [l for l, _ in seen], bare, int(layer), scale=1))
+        panel = {"form": "lines", "series": series, "subtitle": title, "depth": depth, "whole_x": True}
+        panels.append(
+            panel | {"xlabel": "layer where the shift is seen (0-based)", "ylabel": "mean cosine over tokens"}
+        )
+    note = "prompts and answers of each steered model; mean shift over all of them; intervals: JSON"
+    return {"title": "How does a shift travel?", "panels": panels, "note": note, "share_y": True}
+
+
+@figure
+def similarity(found: dict) -> dict:
+    layers, low = found["layers"], min(map(min, found["cosine"]))
+    panel = heat_panel(
+        found["cosine"], layers, layers, -1 if low < 0 else 0, 1, label="cosine of mean shifts", thin=True
+    )
+    panel |= {"xlabel": "layer of the vector (0-based)", "ylabel": "layer of the vector"}
+    note = f"at the last block's output; smallest cosine {low:.2f}"
+    return {"title": "Do shifts from all layers end up alike?", "panels": [panel], "note": note, "size": (5.6, 4.6)}
+
+
+@figure
+def patch(found: dict) -> dict:
+    by_name = {name: row["recovery"] | {"p": row.get("p_adjusted", 1)} for name, row in found["found"].items()}
+    colours = {"Unmodified": "black", "Skip-Attn": "tab:orange", "Skip-Layer": "tab:purple", "next vector": "tab:green"}
+    colours["base"] = "grey"
+
+    def panel(rows, ylabel):
+        series, x, ticks = [], 0, {}
+        for sweep, n in found["heads"].items():
+            some, at = [rows[f"{sweep} {i}"] for i in range(n)], list(range(x, x + n))
+            series.append(line(sweep, at, some, None) | {"full": [row.get("p", 1) < 0.05 for row in some]})
+            ticks |= {at[i]: str(i) for i in range(0, n, 1 + n // 8)}
+            x += n + 1
+        flat = level([(name, rows[name], colours[name]) for name in colours if name in rows])
+        inside = [flat[0]["y"], flat[1]["y"], flat[2]["y"]] + [x for one in series for x in one["low"] + one["high"]]
+        room = 0.08 * (max(inside) - min(inside)) + 0.01  # base and random vectors are often far below: in the key only
+        panel = {
+            "form": "dots",
+            "series": series,
+            "flat": flat,
+            "ticks": ticks,
+            "y": [min(inside) - room, max(inside) + room],
+        }
+        return panel | {"ylabel": ylabel, "xlabel": "query head (Q, Head) or key-value head (K, V)"}
+
+    panels, lines = [panel(by_name, "recovery (%)")], found["lines"]
+    if len(found["accuracy"]) > len(lines):
+        panels.append(panel(found["accuracy"], "accuracy (%)"))
+    else:
+        bars = [line("", range(len(lines)), [found["accuracy"][name] for name in lines], "tab:blue")]
+        names = [name.replace(", ", "\n").replace("-", "-\n") for name in lines]
+        panels.append({"form": "bars", "series": bars, "names": names, "ylabel": "right answers (%)"})
+    note = "full dots differ from Skip-Attn (p < 0.05, adjusted for the number of heads); bars, bands: 95 % intervals\n"
+    note += "recovery: 1 - KL(full || patched) / KL(full || base) on answers of the steered model"
+    title = f"Through which part of block {found['layer'] + 1} does the vector of layer {found['layer']} act?"
+    return {"title": title, "panels": panels, "columns": 1, "note": note, "size": (9, 7)}
+
+
+@figure
+def attention(found: dict) -> dict:
+    grid = [[x if x > 0 else None for x in row] for row in zip(*found["by_head"]["steered"])]  # [head][layer]
+    high = max([x for row in grid for x in row if x] or [1.0])
+    top = heat_panel(grid, range(len(grid)), range(found["depth"]), 0, high, label="KL (nats)", thin=True)
+    top |= {"ylabel": "query head", "xlabel": "layer (0-based); white: exactly 0"}
+    series, names = (
+        [],
+        {"steered": "the vector", "random": "random vector of equal norm", "floor": "floor: another dtype"},
+    )
+    for (name, label), colour in zip(names.items(), ("tab:blue", "tab:brown", "grey")):
+        seen = [(l, x) for l, x in enumerate(found["by_layer"][name]) if x["value"] > 0]
+        if seen:
+            series.append(line(label, [l for l, _ in seen], [x for _, x in seen], colour, scale=1))
+    bottom = {
+        "form": "lines",
+        "series": series,
+        "log_y": True,
+        "ylabel": "mean over heads (nats)",
+        "xlabel": "layer (0-based)",
+    }
+    note = "KL(steered || base) of attention patterns, mean over queries; bands: 95 % intervals over answers"
+    title = f"Does the vector of layer {found['layer']} change where the model looks?"
+    return {"title": title, "panels": [top, bottom], "columns": 1, "note": note, "size": (8, 6)}
+
+
+@figure
+def scale(found: dict) -> dict:
+    tokens = [(text, x, False) for text, x in found["example"]["tokens"]]
+    boxes = [(place, segment, row) for place, rows in found["by_place"].items() for segment, row in rows.items()]
+    several = len(found["by_place"]) > 1
+    names = [f"{segment}\n{f'{place}, ' if several else ''}n={row['count']}" for place, segment, row in boxes]
+    top = {"form": "boxes", "boxes": [row for *_, row in boxes], "names": names, "ylabel": "|B| A x"}
+    bottom = {"form": "tokens", "tokens": tokens, "limit": max(abs(x) for _, x, _ in tokens) or 1.0}
+    bottom["label"] = f"|B| A x at {found['example']['place']} (units of the residual stream)"
+    lower = size_of(tokens)[1] + 0.5
+    made = {
+        "title": "Where does the adaptive vector act?",
+        "panels": [top, bottom],
+        "columns": 1,
+        "size": (8, 3.2 + lower),
+    }
+    return made | {"heights": [2.6, lower], "note": "boxes: quartiles over tokens, whiskers 5 and 95 %"}
+
+
+@figure
+def cost(found: dict) -> dict:
+    note = "training: sampling, grading and training of all steps; update and sync: medians over steps"
+    return table_figure(found, "What does training cost?", note)

@@ -1,0 +1,200 @@
+"""
+The papers beside ours: the figures and tables of data/paper.json, and the report page.
+
+P1, P4: versions 1 and 4 of arXiv:2509.06608; B: arXiv:2505.18706. numbers_of gives the papers' numbers in the form in
+which our analyses give theirs, so that the same functions of data/figures.py draw both.
+"""
+
+import base64
+import html
+import json
+import sys
+from pathlib import Path
+
+from data.figures import draw, quoted
+from data.runs import write
+
+PAPER = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
+TABLES = {  # keys of paper.json whose tables stand below an analysis
+    "lens": ["P4.table8.qwen", "P4.table8.llama", "B.table2"],
+    "prefix": ["P4.fig4", "P4.fig13"],
+    "sweep": ["P4.table2", "P4.table4", "P4.table3", "P4.table5", "B.table1", "B.table4"],
+    "compose": ["P1.table2.qwen", "P1.table2.llama"],
+    "sites": ["P4.fig10"],
+    "orthogonal": ["P4.fig12"],
+    "transfer": ["P4.table1", *(f"P4.table{n}" for n in range(9, 16))],
+    "persistence": ["P4.table6.diff_diff", "P4.table6.diff_vector", "P4.table7.diff_diff", "P4.table7.diff_vector"],
+    "cost": ["B.table3", "B.table5"],
+}
+KINDS = ("T = 1", "greedy", "shifts", "pairs")
+MODELS = {
+    "Qwen2.5-Math-7B": dict(zip(KINDS, ("P4.table2", "P4.table4", "P4.table6", "P1.table2.qwen"))),
+    "Llama-3.1-8B-Instruct": dict(zip(KINDS, ("P4.table3", "P4.table5", "P4.table7", "P1.table2.llama"))),
+}
+
+
+# ----------------------------------------------------------------------- the papers' numbers in our analyses' form
+
+
+def printed(mean: float, pm: float = 0.0) -> dict:
+    """A printed accuracy in percent, and its +- over seeds where there is one, as an estimate."""
+    return {"value": mean / 100, "interval_95": [(mean - pm) / 100, (mean + pm) / 100]}
+
+
+def averages(who: str, decoding: str) -> dict:
+    """Means of the six benchmarks, from P4 Tables 2 to 5: {"base", "all", "full", "0", "1", ...: see printed}."""
+    names = {f"base, {decoding.replace(' ', '')}": "base", "all layers": "all"}  # tables have the base both ways
+    found = {row["setup"].removeprefix("layer "): row for row in PAPER[MODELS[who][decoding]]["rows"]}
+    wanted = {name: row for name, row in found.items() if not name.startswith("base") or name in names}
+    return {names.get(name, name): printed(row["mean"][-1], row["pm"][-1]) for name, row in wanted.items()}
+
+
+def sweep(who: str) -> tuple:
+    found = {decoding: averages(who, decoding) for decoding in ("T = 1", "greedy")}
+    if found["greedy"]["all"] == found["T = 1"]["all"]:
+        del found["greedy"]["all"]  # Llama's Table 5 repeats the row of Table 3: there is no greedy number
+    layers = sorted(int(name) for name in found["greedy"] if name.isdigit())
+    tables = " and ".join(MODELS[who][decoding][-1] for decoding in found)
+    note = f"v4, Tables {tables}; mean of six benchmarks; bands: ± over seeds"
+    return {"layers": layers, "depth": len(layers), "by_decoding": found}, note
+
+
+def persistence(who: str) -> tuple:
+    table, found = MODELS[who]["shifts"], {}
+    for kind in ("diff_diff", "diff_vector"):
+        for row in PAPER[f"{table}.{kind}"]["rows"]:
+            layer, values = row["layer"], row["value"]  # with nulls before the layer
+            entry = found.setdefault(str(layer), {"layers": list(range(layer, len(values)))})
+            entry[kind] = [None if x is None else {"value": x} for x in values[layer:]]
+    return {"depth": len(found), "by_layer": found}, f"v4, Table {table[-1]}"
+
+
+def prefix(who: str) -> tuple:
+    found = {}
+    for row in PAPER["P4.fig4"]["rows"]:
+        if Path(row["model"]).name == who:
+            forced = f"base + {quoted(row['prefix'])}"
+            numbers = {"base": row["base"], forced: row["base_prefix"], "vector": row["vector"]}
+            found[row["decoding"].replace("=", " = ")] = {name: printed(x) for name, x in numbers.items()}
+    note = "v4, Fig. 4; mean of six benchmarks; no ± printed"
+    return {"conditions": list(found["greedy"]), "by_decoding": found}, note
+
+
+def sites(who: str) -> tuple:
+    rows = {row["site"]: printed(row["mean"], row["pm"]) for row in PAPER["P4.fig10"]["rows"]}
+    note = "v4, Fig. 10, base: Table 2; mean of six benchmarks; bars: ± over seeds; order of the middle three: likely"
+    return {"conditions": {"base": averages(who, "T = 1")["base"]} | rows}, note
+
+
+def orthogonal(who: str) -> tuple:
+    rows = {"base": averages(who, "T = 1")["base"]}
+    for row in PAPER["P4.fig12"]["rows"]:
+        for name, x in zip(("", ", first orthogonal", ", second orthogonal"), row["value"]):
+            rows[f"{row['layer']}{name}"] = printed(x)
+    return {"conditions": rows}, "v4, Fig. 12, base: Table 2; mean of six benchmarks; no ± printed"
+
+
+def compose(who: str) -> tuple:
+    table = PAPER[MODELS[who]["pairs"]]
+    cells = {(i, j): x / 100 for i, row in enumerate(table["rows"]) for j, x in enumerate(row["value"]) if x}
+    elsewhere, gains = averages(who, "T = 1"), {}
+    whole = elsewhere["all"]["value"]
+    for (i, j), pair in cells.items():
+        if i < j:  # on the diagonal the table has the single vectors, where they are not lost
+            single = max(cells.get((x, x), elsewhere[str(x)]["value"]) for x in (i, j))
+            share = {"open": True} if whole <= single else {"value": (pair - single) / (whole - single)}
+            gains[f"{i}+{j}"] = {"cross": pair >= 0.99 * whole, "over_single": {"value": pair - single}, "share": share}
+    place = "column 26 below row 3" if who.startswith("Qwen") else "column 30 below row 12"  # the notes in paper.json
+    elsewhere = MODELS[who]["T = 1"][-1]
+    note = f"v1, Table 2; all layers and lost singles: v4, Table {elsewhere}; {place}: assigned by place alone"
+    return {"layers": table["columns"], "gains": gains}, note
+
+
+def numbers_of(name: str) -> dict[str, dict]:
+    """The papers' numbers for an analysis, as our analysis gives them: {model: found}."""
+    both = {read.__name__: read for read in (sweep, persistence, prefix, compose)}
+    qwen_alone = {read.__name__: read for read in (sites, orthogonal)}
+    found = {}
+    for who in MODELS:
+        read = both.get(name) or (qwen_alone.get(name) if who.startswith("Qwen") else None)
+        if read is not None:
+            numbers, note = read(who)
+            found[who] = numbers | {"about": f"{who}; arXiv:2509.06608{note}"}
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------------- the report
+STYLE = """body{font:15px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em} img{max-width:100%}
+small{color:#666} td,th{padding:.1em .6em;text-align:right} table{border-collapse:collapse;font-size:13px}
+code{font-size:12px}"""
+
+
+def table_of(head: list, rows: list[list]) -> str:
+    """A table as HTML."""
+    lines = []
+    for tag, row in [("th", head), *(("td", row) for row in rows)]:
+        cells = "".join(f"<{tag}>{'' if x is None else html.escape(str(x))}</{tag}>" for x in row)
+        lines.append(f"<tr>{cells}</tr>")
+    return "<table>" + "\n".join(lines) + "</table>"
+
+
+def paper_table(key: str) -> str:
+    """A table of paper.json as HTML, folded; a list takes as many columns as it has numbers."""
+    entry = PAPER[key]
+    head, columns = [], entry["columns"]
+    for name, x in entry["rows"][0].items():
+        head += [name] if not isinstance(x, list) else columns if len(columns) == len(x) else [""] * len(x)
+    rows = [sum((x if isinstance(x, list) else [x] for x in row.values()), []) for row in entry["rows"]]
+    return folded(f"The paper: {entry['title']} ({entry['source']}; {entry['unit']})", table_of(head, rows))
+
+
+def folded(title: str, content: str, open="") -> str:
+    return f"<details {open}><summary>{html.escape(title)}</summary>{content}</details>\n"
+
+
+def picture(path: Path, text: str) -> str:
+    """A PNG inside the page."""
+    data = base64.b64encode(path.read_bytes()).decode()
+    return f'<img src="data:image/png;base64,{data}" alt="{html.escape(text)}">\n'
+
+
+def documents(folder: Path, order: list[str]) -> list[tuple[Path, dict]]:
+    """What analyses wrote under folder/figures and folder/*/figures, in the order of the analyses."""
+    found = []
+    for path in sorted([*folder.glob("figures/*.json"), *folder.glob("*/figures/*.json")]):
+        try:
+            saved = json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            sys.exit(f"{path} is not JSON ({error}); delete it, and the analysis is done again")
+        if isinstance(saved, dict) and (saved.get("found") or {}).get("name") in order:
+            found.append((path, saved["found"]))
+    return sorted(found, key=lambda item: order.index(item[1]["name"]))
+
+
+def report(folder: Path, order: list[str]) -> Path:
+    """Write folder/report.html: what is there and found, then every figure with its table, the papers' beside ours."""
+    docs, body, contents, done = documents(folder, order), "", "", set()
+    if not docs:
+        sys.exit(f"no figures under {folder}: make one first: `python analyze.py lens out/tiny-layer27`, say")
+    for i, (path, doc) in enumerate(docs):
+        title, reading = html.escape(f"{doc['name']}: {path.parent.parent}"), html.escape(doc["reading"])
+        first = html.escape(doc["reading"].split(". ")[0])
+        contents += f'<li><a href="#{i}">{title}</a><br><small>{first}</small></li>\n'
+        body += f'<h2 id="{i}">{title}</h2>\n<p>{reading}</p>\n'
+        if path.with_suffix(".png").is_file():
+            body += picture(path.with_suffix(".png"), doc["reading"])
+        body += f"<p><small>{html.escape(doc['about'])}: <code>{html.escape(doc['command'])}</code></small></p>\n"
+        body += folded("the numbers", table_of(*doc["table"]))
+        for who, found in numbers_of(doc["name"]).items():
+            drawn = folder / "paper" / f"{doc['name']}-{who}.png"
+            if drawn not in done:  # prefix, for one, may be there for several runs
+                draw(doc["name"], found, drawn)
+                done.add(drawn)
+                body += folded(f"In the paper, {who}", picture(drawn, who), open="open")
+        body += "".join(map(paper_table, TABLES.get(doc["name"], [])))
+    title = "Steering vectors: what was measured"
+    head = f"<meta charset=utf-8><meta name=viewport content='width=device-width'><title>{title}</title>"
+    page = f"<!doctype html>\n<html lang=en><head>{head}<style>{STYLE}</style></head>\n<body><h1>{title}</h1>\n"
+    page += f"<ol>\n{contents}</ol>\n{body}</body></html>\n"
+    write(folder / "report.html", page)
+    return folder / "report.html"
