@@ -7,7 +7,7 @@ A vector s_l is added to the residual stream at the end of decoder layer l (0-ba
 
     27                        the end of layer 27                              (D,)
     "25.attention"            another site of layer 25, see SITES              (D,)
-    "25.self_attn.q_proj"     the output of any module of the layer            (its width,)
+    "25.self_attn.q_proj"     the output of any linear module or layer norm    (its width,)
     "14.lora_A", "14.lora_B"  a LoRA on mlp.down_proj of layer 14              (r, F), (D, r)
     "14.self_attn.o_proj.lora_A", ...lora_B: a LoRA on another linear module of the layer
     "27@answer"               as 27, only at the positions that predict the answer, from the prompt's last token on
@@ -156,7 +156,8 @@ def site_module(llm, place):
         site = SITES_OF[kind][site]
     inside = dict(block.named_modules())
     if site not in inside:
-        names = ", ".join([*SITES, *(name for name in inside if "." in name)])
+        linear = (name for name, module in inside.items() if isinstance(module, torch.nn.Linear))
+        names = ", ".join([*SITES, *linear])
         sys.exit(f"a layer of this model has no {site!r}; sites are {names}")
     linear = isinstance(inside[site], torch.nn.Linear)
     if matrix and not linear:
@@ -503,9 +504,10 @@ def load_vectors(path, config, model: str | None = None) -> tuple[dict, dict[str
     for name, s in tensors.items():
         place = name.removeprefix("layers.")
         fits = re.fullmatch(r"\d+(\.[\w.-]+)?(@answer)?", place) and split(place).layer < depth
-        if fits and split(place).site in (*SITES, "mlp.down_proj"):  # the config tells no other module's width
+        _, site, matrix, _ = split(place) if fits else Place(0, "", "", "")
+        if site == "mlp.down_proj" or (site in SITES and not matrix):  # the config tells no other module's width
             shapes = {"lora_A": (s.shape[0], config.intermediate_size), "lora_B": (width, s.shape[-1])}
-            fits = tuple(s.shape) == shapes.get(split(place).matrix, (width,))
+            fits = tuple(s.shape) == shapes.get(matrix, (width,))
         if not fits:
             sys.exit(f"{path}: {name} of shape {tuple(s.shape)} does not fit a model of {depth} layers, width {width}")
         vectors[int(place) if place.isdigit() else place] = s

@@ -243,6 +243,6 @@ def plot_reward(metrics: list[dict], base: float, path: Path) -> None:
     ax = fig.subplots()
     ax.plot([m["step"] for m in metrics], [100 * m["accuracy"] for m in metrics], "o-", ms=3, label="steered, training")
     ax.axhline(100 * base, color="black", linestyle="--", label="base model")
-    ax.set(xlabel="step", ylabel="reward: right answers (%)", title="RLOO on steering vectors", ylim=(0, 100))
+    ax.set(xlabel="step", ylabel="right answers (%)", title="RLOO on steering vectors", ylim=(0, 100))
     ax.legend(frameon=False, loc="upper left")
     fig.savefig(path, dpi=150)

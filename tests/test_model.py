@@ -218,13 +218,14 @@ def test_vectors_at_answer_positions_only(llm, prompts):
         logits(llm, [5, 6, 7])
 
 
+@pytest.mark.parametrize("o_proj", ["self_attn.o_proj", "attention"])  # two names for one module
 @pytest.mark.parametrize("where", ["", "@answer"])
-def test_any_place_is_sampled_scored_and_saved_alike(prompts, tmp_path, where):
+def test_any_place_is_sampled_scored_and_saved_alike(prompts, tmp_path, where, o_proj):
     """A vector after a q_proj wider than the stream and a LoRA on o_proj, against changed weights."""
     llm, changed = (random_llm("qwen3", head_dim=12) for _ in range(2))
     draw = torch.Generator().manual_seed(0)
     s, A, B = (torch.randn(shape, generator=draw) for shape in ((48,), (2, 48), (32, 2)))
-    names = "1.self_attn.q_proj", "2.self_attn.o_proj.lora_A", "2.self_attn.o_proj.lora_B"
+    names = "1.self_attn.q_proj", f"2.{o_proj}.lora_A", f"2.{o_proj}.lora_B"
     vectors = {name + where: x for name, x in zip(names, (s, A / 6, B))}
     model.save_vectors(tmp_path / "v.safetensors", vectors, llm, "some/model", step=5)
     got, meta = model.load_vectors(tmp_path / "v.safetensors", llm.config, "some/model")
@@ -244,6 +245,12 @@ def test_any_place_is_sampled_scored_and_saved_alike(prompts, tmp_path, where):
     changed.model.layers[2].self_attn.o_proj.weight += B @ A / 6
     want, _ = model.token_logps(changed, prompts, completions)
     assert torch.allclose(logps, want, rtol=0, atol=1e-4) == (where == "")  # "@answer" leaves the prompt as it is
+
+
+def test_sites_whose_output_is_no_plain_tensor_are_refused(qwen2):
+    for site in ("self_attn", "mlp.act_fn"):
+        with pytest.raises(SystemExit, match=f"after a linear module, a layer norm or the mlp; {site} is none"):
+            model.site_module(qwen2, f"1.{site}")
 
 
 def test_vllm_takes_only_what_it_can_hold(monkeypatch):
