@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 import model
 from data.figures import draw, piece, quoted, spread
-from data.problems import SAMPLES, Problems, benchmarks, problems_of, prompt_ids
+from data.problems import SAMPLES, Problems, benchmarks, problems_of, prompt_ids, segments
 from data.runs import checksum, config_of, keep, kept, label_of, lines_of, write
 from evaluate import Estimate, Subject, answers, identity, markdown, vectors_of
 from rewards import grade
@@ -174,7 +174,9 @@ class Lab:
 
     def once(self, what: str, vectors: dict, compute):
         """compute(), or what it gave when it was last asked for the same: an interrupted command goes on."""
-        key = self.key | {"runs": identity(vectors), "what": what}
+        no_matter = ("name", "token", "controls", "sample_heads", "top")  # two analyses share what both need
+        key = {name: x for name, x in self.key.items() if name not in no_matter}
+        key |= {"runs": identity(vectors), "what": what}
         path = self.subject.folder / f"{what.split()[0]}-{checksum(json.dumps(key).encode())}.json"
         found = kept(path, key)
         return keep(path, key, compute()) if found is None else found
@@ -202,7 +204,7 @@ def open_runs(args: Config) -> list[Run]:
         if any(model.split(place).matrix for place in run.vectors) and "lora" not in wanted.takes:
             takers = ", ".join(name for name, other in ANALYSES.items() if "lora" in other.takes)
             sys.exit(f"{args.name} wants vectors; {run.folder} has a LoRA: {takers} can take one")
-    for key in ("model", "template", "system") if args.name != "transfer" else ():
+    for key in ("model", "template", "system") if args.name not in ("transfer", "cost") else ():
         if len(values := {str(run.config.get(key)) for run in runs}) > 1:
             sys.exit(f"{args.name} compares runs with the same {key}; these have {', '.join(sorted(values))}")
     return runs
@@ -224,8 +226,12 @@ def open_lab(args: Config) -> Lab:
         like = next((run.config for run in runs if run.config["model"] == name), first)
         recipients.append(Subject.of_run(like, args, name=name, holds=room, folder=folder))
     subject = Subject.of_run(first, args, holds=room, folder=folder)
-    if args.sample_heads:
-        subject.sampler = "hf"  # vLLM knows nothing of hooks
+    if args.sample_heads or args.name in ("transfer", "attention"):
+        for one in (
+            subject,
+            *recipients,
+        ):  # vLLM knows nothing of hooks, and several engines or models leave it no room
+            one.sampler = "hf"
     return Lab(args, subject, runs, [problems.first(n) for problems in sets], recipients)
 
 
@@ -317,22 +323,19 @@ def folded(llm, U: torch.Tensor) -> torch.Tensor:
 @analysis("P4 Table 8, B Table 2", n=None)
 def lens(lab: Lab) -> dict:
     """Which tokens does the vector point at?"""
-    U = (
-        lab.llm.get_output_embeddings().weight[: len(lab.tokenizer)].float()
-    )  # some models have rows of no token at the end
+    U = lab.llm.get_output_embeddings().weight[: len(lab.tokenizer)].float()  # the rest are rows of no token
     gained, top = folded(lab.llm, U), min(lab.args.top, len(U))
     # what directions without any meaning show: the largest dot product and cosine with a row, 95 % of them below
     noise = normalize(torch.randn(200, U.shape[1], generator=torch.Generator().manual_seed(lab.args.seed)), dim=-1)
     dots = noise.to(U.device) @ U.T  # (200, V)
-    chance_dot, chance = (x.amax(1).quantile(0.95).item() for x in (dots, dots / U.norm(dim=-1)))
+    chance_dot, chance = (x.amax(1).quantile(0.95).item() for x in (dots, dots / U.norm(dim=-1).clamp(min=1e-12)))
     found, rows = {}, []
     for run in lab.runs:
         for place, s in run.vectors.items():
             if model.split(place).site not in (*model.SITES, *model.ON_THE_STREAM):
                 sys.exit(f"lens wants vectors as wide as the residual stream; {run.folder} has one at {place}")
-            label = (
-                str(place) if len(lab.runs) == 1 else run.label if len(run.vectors) == 1 else f"{run.label}: {place}"
-            )
+            label = run.label if len(run.vectors) == 1 else f"{run.label}: {place}"
+            label = label if len(lab.runs) > 1 else str(place)
             (dot, cosine), (gained_dot, gained_cosine) = (read_out(s.to(U.device), rows) for rows in (U, gained))
             found[label] = {"chance dot": chance_dot * s.norm().item()}
             for kind, by, d, c in (
@@ -625,11 +628,7 @@ def orthogonal(lab: Lab) -> dict:
 
 @analysis("P4 Sec. 7, Table 1, App. J", takes=("lora",))
 def transfer(lab: Lab) -> dict:
-    """
-    Do vectors work in other models? Normalised by what the recipient's own vectors gain:
-
-    (Acc(recipient with donor's) - Acc(recipient)) / (Acc(recipient with its own) - Acc(recipient)).
-    """
+    """Do vectors work in other models? Their gain there, as a share of what the recipient's own vectors gain."""
     found, table, foreign = {}, [], []
     for recipient in lab.recipients:
         row = {"base": lab.accuracy({}, f"{recipient.name}, base", subject=recipient)}
@@ -934,13 +933,19 @@ def no_change(llm, layer: int, s: torch.Tensor, prompts, completions, through_no
     return found
 
 
-def under(lab: Lab, way) -> Estimate:
-    """Accuracy of the model inside the context that way() makes."""
-    rows, k = lab.sets[0].rows, lab.args.samples or 1
-    with way():
-        rolled = lab.subject.rollouts({}, rows, k, temperature=lab.args.temperature, seed=lab.args.seed)
-    right = grade(rolled.texts, [row["answer"] for row in rows for _ in range(k)])
-    return Estimate.of([right[i : i + k] for i in range(0, len(right), k)])
+def under(lab: Lab, name: str, way, vectors: dict) -> Estimate:
+    """Accuracy inside the context that way() makes, asked as in Lab.accuracy. vectors: what it depends on."""
+
+    def right(problems):
+        k = (lab.args.samples or SAMPLES.get(problems.name, 1)) if lab.args.temperature else 1
+        with way():
+            rolled = lab.subject.rollouts({}, problems.rows, k, temperature=lab.args.temperature, seed=lab.args.seed)
+        flat = grade(rolled.texts, [row["answer"] for row in problems.rows for _ in range(k)])
+        return [flat[i : i + k] for i in range(0, len(flat), k)]
+
+    found = lab.once(f"accuracy {name}", vectors, lambda: [right(problems) for problems in lab.sets])
+    parts = [Estimate.of(one) for one in found]
+    return parts[0] if len(parts) == 1 else Estimate.mean(parts)
 
 
 def conditions_without_heads(lab: Lab) -> tuple[int, torch.Tensor, dict[str, dict]]:
@@ -985,8 +990,10 @@ def patch(lab: Lab) -> dict:
     steered = [
         name for name in heads if name.startswith("Steer")
     ]  # Skip-Head has no reference that it could be better than
+    if not any(lost["base"]):
+        sys.exit("the vector changes no probability in this dtype: there is no effect to follow")
     p = familywise_p([[x - y for x, y in zip(lost["Skip-Attn"], lost[name])] for name in steered])
-    accuracy = lab.compare(lines) | {name: under(lab, way) for name, way in heads.items() if lab.args.sample_heads}
+    accuracy = lab.compare(lines) | {n: under(lab, n, way, every) for n, way in heads.items() if lab.args.sample_heads}
     found, tokens, table = {}, sum(map(len, completions)), []
     for name in ways:
         found[name] = {"recovery": recovery(lost[name], lost["base"]), "kl": sum(lost[name]) / tokens}
@@ -1076,6 +1083,12 @@ def attention_kl(llm, vectors: dict, prompts, completions, queries=128, seed=0) 
     return {name: torch.stack(x).double() for name, x in found.items()}
 
 
+def first_seen(place) -> int:
+    """The first layer whose attention a vector at this place can change: its own, if the vector comes before it."""
+    layer, site, *_ = model.split(place)
+    return layer + (site not in ("input-norm", "input_layernorm", "self_attn.q_proj", "self_attn.k_proj"))
+
+
 @analysis("ours; P4 Sec. 6", most=1)
 def attention(lab: Lab) -> dict:
     """Does it change where the model looks? KL of attention patterns, steered against base."""
@@ -1089,7 +1102,7 @@ def attention(lab: Lab) -> dict:
     each = {name: torch.tensor(x) for name, x in lab.once("attention", run.vectors, compute).items()}  # (N, L, H)
     by_layer = {name: [Estimate.of(x[:, l].tolist()) for l in range(lab.depth)] for name, x in each.items()}
     by_head = {name: x.mean(0) for name, x in each.items()}
-    above = min(model.split(place).layer for place in run.vectors) + 1  # up to there nothing can change
+    above = min(map(first_seen, run.vectors))  # below nothing can change
     reading, total = (
         f"The vector is at the last layer, {above - 1}: no attention comes after it, so none can change.",
         None,
@@ -1122,28 +1135,14 @@ def token_scales(llm, vectors: dict, prompts, completions) -> dict[str, list[lis
         def see(place, module, args, h):
             B = vectors[place.replace("lora_A", "lora_B")]
             size = B.norm() * (args[0].float() @ vectors[place][0].to(h.device))  # (B, T)
+            if model.split(place).where == "answer":
+                size = size * llm.answer_positions
             for b, i in enumerate(batch):  # noqa: B023, used at once
                 sizes[place][i] = size[b, : len(prompts[i]) + len(completions[i])].tolist()
 
         with model.steer(llm, vectors), model.hooks([(model.site_module(llm, p), partial(see, p)) for p in sizes]):
             model.read(llm, *texts)
     return sizes
-
-
-def segments(prompts: list[list[int]], other: list[int]) -> list[list[str]]:
-    """
-    For every token of each prompt "system", "question" or "turn" (the template behind the question).
-
-    other: a prompt with a question that has nothing in common with theirs: what a prompt shares with it is the
-    template.
-    """
-    found = []
-    for prompt in prompts:
-        room = min(len(prompt), len(other))
-        before = next((i for i in range(room) if prompt[i] != other[i]), room)
-        after = next((i for i in range(room - before) if prompt[-1 - i] != other[-1 - i]), room - before)
-        found.append(["system"] * before + ["question"] * (len(prompt) - before - after) + ["turn"] * after)
-    return found
 
 
 @analysis("P1 abstract (iii), B App. D", most=1, takes=("lora",))

@@ -265,7 +265,6 @@ def sample(
     in (up to rounding).
     max_rows: rows decoded at once, fewer if a GPU's memory is short, but all k of a prompt.
     Returns N*k completions as token ids, prompt by prompt, and for each whether it ended by itself.
-
     Faster than `generate`: a prompt is read once for its k samples, and finished rows leave the batch.
     """
     limits = max_tokens if isinstance(max_tokens, list) else [max_tokens] * len(prompts)
@@ -617,7 +616,8 @@ class VLLM:
         for place, s in vectors.items():
             if (site := engine_site(place)) not in stacks:
                 sys.exit(f"--sampler vllm: a vector at {place} is no bias of vLLM's layers; use --sampler hf")
-            stacks[site][split(place).layer] += s.detach().float().cpu()
+            part = tuple(map(slice, s.shape))  # of a LoRA of a lower rank than the engine has room for: the first rows
+            stacks[site][split(place).layer][part] += s.detach().float().cpu()
         raw = {site: stack.numpy().tobytes() for site, stack in stacks.items()}
         self._change("set_vectors", args=(raw, self.shapes))
 

@@ -174,18 +174,19 @@ class AllWeights:
     @torch.no_grad()
     def put_back(self) -> None:
         """Copy the trained copies, put together again, into the model and into vLLM."""
-        for name, weight in self.run.subject.llm.named_parameters():
+        subject = self.run.subject
+        engine = subject.engine(self.run.rows)  # before the copy: it is tested against the base model's weights
+        for name, weight in subject.llm.named_parameters():
             weight.copy_(whole(self.values[name]))
-        if (engine := self.run.subject.engine(self.run.rows)) is not None:
-            engine.push_weights(self.run.subject.llm)
+        if engine is not None:
+            engine.push_weights(subject.llm)
+        subject.weights = subject.inside = str(self.run.out / "weights")  # its answers are not the base model's
 
     def write(self, step: int) -> None:
         """Write the model in the Hugging Face format."""
-        subject, folder = self.run.subject, self.run.out / "weights"
-        with written(folder) as new:
-            subject.llm.save_pretrained(new)
-            subject.tokenizer.save_pretrained(new)
-        subject.weights = subject.inside = str(folder)
+        with written(self.run.out / "weights") as new:
+            self.run.subject.llm.save_pretrained(new)
+            self.run.subject.tokenizer.save_pretrained(new)
 
 
 # ------------------------------------------------------------------------------------------------ what a step has found

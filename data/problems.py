@@ -114,6 +114,22 @@ def prompt_ids(tokenizer, problem: str, system: str | None = None, template: str
     return ids
 
 
+def segments(prompts: list[list[int]], other: list[int]) -> list[list[str]]:
+    """
+    For every token of each prompt "system", "question" or "turn" (the template behind the question).
+
+    other: a prompt with a question that has nothing in common with theirs: what a prompt shares with it is the
+    template.
+    """
+    found = []
+    for prompt in prompts:
+        room = min(len(prompt), len(other))
+        before = next((i for i in range(room) if prompt[i] != other[i]), room)
+        after = next((i for i in range(room - before) if prompt[-1 - i] != other[-1 - i]), room - before)
+        found.append(["system"] * before + ["question"] * (len(prompt) - before - after) + ["turn"] * after)
+    return found
+
+
 def of_paper(kind: str, name: str) -> dict:
     """The entry of paper.json ("recipes" or "lr") for a model, by the last part of its name, as of a local copy."""
     entries = json.loads((ROOT / "data" / "paper.json").read_text(encoding="utf-8"))[kind]

@@ -310,6 +310,13 @@ def test_token_scales(qwen2):
             assert want.abs().max() > 0.1
 
 
+def test_token_scales_at_the_answer_only(qwen2):
+    vectors = {"1.lora_A@answer": vector(1, 40)[None], "1.lora_B@answer": vector(6, 32)[:, None]}
+    for prompt, sizes in zip(PROMPTS, analyze.token_scales(qwen2, vectors, PROMPTS, COMPLETIONS)["1.lora_A@answer"]):
+        before = len(prompt) - 1  # the prompt's last token predicts the answer's first
+        assert not any(sizes[:before]) and all(size != 0 for size in sizes[before:-1])
+
+
 def test_the_report_escapes():
     table = paper.table_of(["<i>", "b"], [['<script>"&', None]])
     assert "<script" not in table and "<i>" not in table and "&lt;script&gt;" in table and "None" not in table

@@ -398,9 +398,14 @@ def test_accuracies_are_sampled_under_their_condition(tokenizer, tmp_path, monke
 
     monkeypatch.setattr(model, "rollouts", rollouts)
     lines, _ = conditions(lab.llm, 0, vector())
-    assert analyze.under(lab, partial(model.steer, lab.llm, {})).value == 0
-    steered = analyze.under(lab, lines["Skip-Layer"])
+    assert analyze.under(lab, "base", partial(model.steer, lab.llm, {}), {}).value == 0
+    steered = analyze.under(lab, "Skip-Layer", lines["Skip-Layer"], {1: vector()})
     assert steered.value == 0.5 and steered.interval == (0.5, 0.5)  # one right of two, for every problem
+
+
+def test_the_first_layer_whose_attention_can_change():
+    places = [3, "3.attention", "3.post-attention-norm", "3.input-norm", "3.self_attn.q_proj", "3@answer"]
+    assert [analyze.first_seen(place) for place in places] == [4, 4, 4, 3, 3, 4]
 
 
 def test_attention_and_its_figure(tokenizer, tmp_path):

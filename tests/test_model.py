@@ -247,6 +247,18 @@ def test_any_place_is_sampled_scored_and_saved_alike(prompts, tmp_path, where, o
     assert torch.allclose(logps, want, rtol=0, atol=1e-4) == (where == "")  # "@answer" leaves the prompt as it is
 
 
+def test_the_engine_gets_a_lora_of_a_lower_rank_than_it_has_room_for():
+    engine, sent = object.__new__(model.VLLM), {}
+    engine.shapes = {"end": [3, 4], "attention": [3, 4], "lora_A": [3, 2, 5], "lora_B": [3, 4, 2]}
+    engine._change = lambda method, args: sent.update(args[0])
+    A, B, s = torch.arange(1.0, 6)[None], torch.arange(1.0, 5)[:, None], torch.arange(2.0, 6)
+    engine.push({"1.lora_A": A, "1.lora_B": B, 2: s})
+    got = {site: torch.frombuffer(bytearray(raw), dtype=torch.float32) for site, raw in sent.items()}
+    got = {site: x.view(engine.shapes[site]) for site, x in got.items()}
+    assert torch.equal(got["lora_B"][1] @ got["lora_A"][1], B @ A) and torch.equal(got["end"][2], s)
+    assert not got["lora_A"][1, 1].any() and not got["end"][:2].any() and not got["attention"].any()
+
+
 def test_sites_whose_output_is_no_plain_tensor_are_refused(qwen2):
     for site in ("self_attn", "mlp.act_fn"):
         with pytest.raises(SystemExit, match=f"after a linear module, a layer norm or the mlp; {site} is none"):

@@ -492,6 +492,15 @@ def test_variants_start_as_the_base_model_and_resume(tmp_path, variant):
     assert table["test", 1.0]["steered"]["problems"] == 4
 
 
+def test_a_finished_run_of_all_weights_is_compared_as_itself(tmp_path):
+    """A resume without steps loads trained weights: their answers must not be kept as the base model's."""
+    how = {"method": "full", "reward": "random", "steps": 1}
+    train.main(settings(tmp_path / "run", **how))
+    train.main(settings(tmp_path / "run", resume=True, eval_problems=2, **how))
+    kept = [json.loads(path.read_text())["key"]["weights"] for path in (tmp_path / "answers").glob("*.json")]
+    assert len(kept) == 4 and len(set(kept)) == 2  # steered and base, at T = 1 and greedily
+
+
 PLACES = "1.input-norm 1.attention 1.post-attention-norm 1.self_attn.q_proj 1@answer".split()
 PLACES += ["1.lora_A", "1.lora_B", "1.self_attn.o_proj.lora_A"]
 
@@ -522,7 +531,8 @@ def test_gradient_of_every_place_against_a_central_difference(place):
 def run_of(llm):
     """As much of a run as AllWeights needs."""
     subject = SimpleNamespace(llm=llm, engine=lambda rows: None)
-    return SimpleNamespace(subject=subject, rows=[], args=train.Config(lr_absolute=1e-3, clip=2.0, warmup=1))
+    args = train.Config(lr_absolute=1e-3, clip=2.0, warmup=1)
+    return SimpleNamespace(subject=subject, rows=[], args=args, out=Path("run"))
 
 
 def test_gradient_of_all_weights():
@@ -551,6 +561,7 @@ def test_all_weights_are_trained_in_float32():
     for _ in range(100):
         trained.values[norm].data += 1e-4
         trained.put_back()
+    assert trained.run.subject.weights == trained.run.subject.inside == "run/weights"  # not the base model's any more
     assert trained.values[norm].dtype == torch.float32
     torch.testing.assert_close(llm.model.norm.weight, torch.full((32,), 1.01).bfloat16(), rtol=0, atol=0)
 
