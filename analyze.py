@@ -38,10 +38,11 @@ from torch.nn.functional import normalize
 from tqdm import tqdm
 
 import model
+from data.estimate import Estimate, markdown
 from data.figures import draw, piece, quoted, spread
 from data.problems import SAMPLES, Problems, benchmarks, problems_of, prompt_ids, segments
 from data.runs import checksum, config_of, keep, kept, label_of, lines_of, write
-from evaluate import Estimate, Subject, answers, identity, markdown, vectors_of
+from evaluate import Subject, answers, identity, vectors_of
 from rewards import grade
 
 
@@ -227,6 +228,8 @@ def open_lab(args: Config) -> Lab:
         recipients.append(Subject.of_run(like, args, name=name, holds=room, folder=folder))
     subject = Subject.of_run(first, args, holds=room, folder=folder)
     if args.sample_heads or args.name in ("transfer", "attention"):
+        if args.sampler == "vllm":
+            sys.exit(f"--sampler vllm: {args.name} samples with the Hugging Face model here; leave --sampler out")
         for one in (
             subject,
             *recipients,
@@ -432,9 +435,7 @@ def shift(lab: Lab, tokens: int = 5, positions: int = 60) -> dict:
 def prefix(lab: Lab) -> dict:
     """How much of the vector is its first token?"""
     (run,) = lab.runs
-    token = lab.args.token
-    if token is None:  # the token most affected at position 0
-        token = piece(lab.tokenizer, shifts_of(lab, run)[2][0][0])
+    token = lab.args.token or piece(lab.tokenizer, shifts_of(lab, run)[2][0][0])  # the one most affected at position 0
     conditions = {"base": ({}, ""), f"base + {quoted(token)}": ({}, token), "vector": (run.vectors, "")}
     if lab.args.controls:
         conditions["random vector"] = ({p: random_like(s, lab.args.seed, p) for p, s in run.vectors.items()}, "")

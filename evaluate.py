@@ -26,7 +26,7 @@ import torch
 import tyro
 
 import model
-from data.estimate import Estimate, cell, markdown, write_table  # noqa: F401
+from data.estimate import Estimate, write_table
 from data.problems import PAPERS, SAMPLES, Problems, prompt_ids, sets_of
 from data.runs import checksum, config_of, identity, keep, kept, weights_digest
 from rewards import grade

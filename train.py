@@ -35,10 +35,11 @@ from tqdm import tqdm
 
 import model
 from data import parallel
+from data.estimate import Estimate, markdown
 from data.parallel import AllWeights, batch_of_problems, log, rank, share, timed, tokens_of_all
 from data.problems import MATH_PROMPT, ROOT, Problems, of_paper, problems_of, recipe
 from data.runs import begin, check, check_folder, lines_of, name_of_run, parse_layers, plot_reward, told_how_to_go_on
-from evaluate import Estimate, Subject, answers, markdown
+from evaluate import Subject, answers
 from rewards import grade, grading_timeouts
 
 

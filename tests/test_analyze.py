@@ -580,6 +580,8 @@ def test_cost_shows_what_was_measured(runs, tmp_path):
 
 
 ERRORS = {
+    "vLLM under hooks": (("patch", "a"), {"sampler": "vllm", "sample_heads": True}, "--sampler vllm: patch samples"),
+    "vLLM beside copies": (("attention", "a"), {"sampler": "vllm"}, "--sampler vllm: attention samples"),
     "no run given": (("lens",), {}, "lens wants 1 run folders or more, got 0"),
     "no such run": (("lens", "nowhere"), {}, "no run in nowhere"),
     "two runs": (("shift", "a", "b"), {}, "shift wants 1 run folder, got 2"),
