@@ -6,8 +6,10 @@ gold             accepted                                        rejected
 3/4              \boxed{\frac{6}{8}}  \boxed{0.75}               \boxed{4/3}  \boxed{0.7}
 1,-2             \boxed{-2, 1}  \boxed{1 \text{ and } -2}        \boxed{1}  \boxed{1, -2, 5}
 4.5e33           \boxed{4.5 \times 10^{33}}                      \boxed{4.5 \times 10^{34}}
-\$32,\!348       \boxed{32,348}  \boxed{32348 \text{ dollars}}   \boxed{32}
+2,2,3            \boxed{3, 2, 2}  \boxed{(2, 2, 3)}              \boxed{2, 3}  \boxed{2, 3, 3}  \boxed{(3, 2, 2)}
+\$32,\!348       \boxed{32,348}  \boxed{32348 \text{ dollars}}   \boxed{32}  \boxed{32, 348}
 90^\circ         \boxed{90}  \boxed{90 \text{ degrees}}          \boxed{\pi/2}
+\text{9:15 a.m.} \boxed{9:15 \text{ a.m.}}  \boxed{9:15 AM}      \boxed{9:15 \text{ p.m.}}
 35\%             \boxed{35}  \boxed{35.0\%}  \boxed{0.35}        \boxed{3.5}
 52_8             \boxed{52_{8}}  \boxed{52}                      \boxed{52_9}
 (3,4]            \boxed{(3, 4]}  \boxed{3 < x \leq 4}            \boxed{[3,4]}
@@ -37,7 +39,7 @@ MAX_MEMORY = 4 << 30  # bytes of address space of one worker
 log = logging.getLogger(__name__)
 
 
-# ------------------------------------------------------------------------------------------------------------- extract
+# -------------------------------------------------------------------------------------------------- extract, normalise
 
 
 def last_boxed(text: str) -> str | None:
@@ -57,14 +59,15 @@ def last_boxed(text: str) -> str | None:
     return None
 
 
-# ----------------------------------------------------------------------------------------------------------- normalise
-
 UNIT = r"[a-z]{4,}|[ckm]m|k?g|m[lgi]|ft|in|lbs?|oz|hrs?|min|sec|mph|days?|yen"  # not m, s, t, h: they are variables too
+QUANTITY = rf"(?i)^\\text *\{{ *([-+]?[\d.,:/ ]*\d)((?: [a-z]|[ap]\.?m|{UNIT})(?:[^{{}}\d+<=>\\-]|\^-?\d)*)\}}(?=\^|$)"
+AND = r"[, ]*\\text *\{[, ]*(?:and|or)[, ]*\}|(?<=[\d)}] )(?:and|or)(?= [-\d(\\])"  # 1 \text{ and } 2, 1 and 2
+TUPLE = r"\(((?:[^()]|\([^()]*\))*)\)"  # one pair of parentheses around all: (1,(2,3)), not (1,2),(3,4)
 TH = r"\s*(?:st|nd|rd|th)\s*"
 RULES = [  # (pattern, replacement), in order, on answer and gold alike
     # characters and commands that mean the same
     (r"\\\\(?=[a-zA-Z])(?![\s\S]*end\{)", r"\\"),  # doubled escapes, \\frac; in a matrix \\ ends a row
-    (r"(?<=\d)(?:,?\\[,! ]\s*|\{,\})+(?=\d{3}(?!\d))", ""),  # thousands: 6\,250  11,\! 111  1{,}000
+    (r"(?<=\d)(?:(?:(?:, ?)?\\!|\\[, ])\s*|\{,\})+(?=\d{3}(?!\d))", ""),  # thousands: 6\,250  11,\! 111  1{,}000
     (r"\s+|(?<!\\)\\[,;:! ]|~|[\u200b\u200c\u200d\ufeff]", " "),
     (r"[\u2212\u2013]", "-"),  # the minus signs of typography
     (r"·", r"\\cdot "),
@@ -83,23 +86,22 @@ RULES = [  # (pattern, replacement), in order, on answer and gold alike
     (r"(?<![.\\]) *[.,;]$", ""),  # the end of the sentence is not part of the answer
     (r"(?<![\w.])(\d(?:\.\d+)?)[eE]([-+]?\d+)(?![\w.])", r"\1 \\times 10^{\2}"),  # 4.5e33; Math-Verify: 4.5*E*33
     # units, at the end
+    (QUANTITY, r"\1\\text{\2}"),  # \text{3 m} is 3\text{ m}; \text{3 of 4}, \text{3 - x} and \text{3x} stay
     (r" *(?:\\text *\{ *)?(?:percent|pct) *\}?$", r"\\%"),
     # 15th, 12^{\text{th}}
     (rf"(?<=\d)(?:\^\{{\\text\{{{TH}\}}\}}|\^\{{{TH}\}}|\\text\{{{TH}\}}|{TH})(?![a-zA-Z])", ""),
-    (r"(?<=\d) *(?:\\text *\{)? *([ap])\.? *m\.? *\}?$", r" \1m"),  # 4:30 \text{ p.m.}; a.m. is another time
+    (r"(?i)(?<=\d) *(?:\\text *\{)? *([ap])\.? *m\.? *\}?$", r" \1m"),  # 4:30 \text{ p.m.}; a.m. is another time
     # 9 \text{ cm}^2, 5 \text{ m}/\text{s}, but not 9 \text{ or 8}
     (r"(?<=[\d})])(?:(?: |/|\\cdot)*\\text *\{(?! *(?:or|and)\b)(?:[^{}\d]|\^-?\d)*\}(?:\^\{?-?\d\}?)?)+$", ""),
     (rf"(?<=\d) *(?i:{UNIT})(?:\^\{{?\d\}}?)?$", ""),  # 5 cents
-    # sets
     (r"^\\\{ *[a-z] *(?:\||\\mid)(.*)\\\}$", r"\1"),  # {x | -1 < x < 1} is its condition
 ]
-RULES = [(re.compile(pattern), replacement) for pattern, replacement in RULES]
 
 
 def normalise(answer: str) -> str:
     r"""Rewrite what Math-Verify misreads: "\$32,\!348 " -> "32,348", "4.5e33" -> "4.5 \times 10^{33}"."""
     for pattern, replacement in RULES:
-        answer = pattern.sub(replacement, answer).strip()
+        answer = re.sub(pattern, replacement, answer).strip()
     return answer
 
 
@@ -131,11 +133,12 @@ def decide(answer: str, gold: str) -> bool | None:
     """Compare strings and plain numbers, and refuse what Math-Verify would accept wrongly; None: ask Math-Verify."""
     if len(answer) > MAX_CHARS:
         return False
-    a, g = squeeze(normalise(answer)), squeeze(normalise(gold))
-    if a == g:
-        return a != ""
+    answer, gold = normalise(answer), normalise(gold)
+    a, g = squeeze(answer), squeeze(gold)
     x, y = number(a.rstrip("\\%")), number(g.rstrip("\\%"))
-    if x is not None and y is not None:
+    if a == g:
+        return a != "" and (x is None or ", " not in answer or ", " in gold)  # 32,349 is a number; 32, 349 is a list
+    if x is not None and y is not None and ", " not in answer + gold:
         percent = a.endswith("%") - g.endswith("%")
         return x == y or (percent != 0 and x == y * Fraction(100) ** percent)  # 35\% is 35 (the sign is a unit) or 0.35
     if re.search(r"\\[lcd]?dots|\.\.\.", a + g):
@@ -143,24 +146,20 @@ def decide(answer: str, gold: str) -> bool | None:
     a_bases, g_bases = (re.findall(r"\d_\{?(\d+)", s) for s in (a, g))
     if a_bases and g_bases and a_bases != g_bases:
         return False  # Math-Verify drops the base: 52_9 would be 52_8
-    a_list, g_list = elements(a), elements(g)
-    if len(a_list) != len(g_list) and (len(set(a_list)) < len(a_list) or len(set(g_list)) < len(g_list)):
-        return False  # Math-Verify makes sets of lists: 2,2 would be 2
-    if any(s.startswith("\\{") and t.startswith("(") and len(elements(t)) == 1 for s, t in ((a, g), (g, a))):
+    if any(s.startswith("\\{") and re.fullmatch(TUPLE, t) for s, t in ((a, g), (g, a))):
         return False  # Math-Verify compares the members only: the set {1,2} would be the pair (1,2)
     return None
 
 
 def elements(answer: str) -> list[str]:
-    """Split a list at the commas outside of brackets: "1,(2,3)" -> ["1", "(2,3)"]."""
-    parts, depth = [""], 0
+    r"""The members of a list, tuple or set: "1,(2,3)", "(1,(2,3))", "\{1,(2,3)\}" -> ["1", "(2,3)"]."""
+    depth, members = 0, ""
+    while (inner := re.sub(rf"^(?:{TUPLE}|\\\{{(.*)\\\}})$", r"\1\2", answer)) != answer:
+        answer = inner
     for c in answer:
         depth += (c in "([{") - (c in ")]}")
-        if c == "," and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += c
-    return parts
+        members += "\n" if c == "," and depth == 0 else c  # no answer has a \n of its own: see RULES
+    return members.split("\n")
 
 
 def equal(answer: str, gold: str) -> bool:
@@ -176,28 +175,33 @@ def equal(answer: str, gold: str) -> bool:
     logging.getLogger("math_verify").setLevel(logging.ERROR)
     # Only LaTeX: in plain text it takes any number that it finds, and hands the text to Python's eval. No units: its
     # list has s, t, m, ..., so that 5t would be 5s.
-    latex = LatexExtractionConfig(
-        boxed_match_priority=0,
-        normalization_config=NormalizationConfig(
-            basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="all"
-        ),
-    )
+    config = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="all")
+    latex = LatexExtractionConfig(boxed_match_priority=0, normalization_config=config)
 
     def same(a, g):
         a, g = (parse(rf"\boxed{{{s}}}", [latex], extraction_mode="first_match", parsing_timeout=None) for s in (a, g))
         # gold first: verify is not symmetric
         return verify(g, a, allow_set_relation_comp=True, timeout_seconds=None) and not far_apart(a[0], g[0])
 
-    a, g = normalise(answer), normalise(gold)
+    a, g = (re.sub(AND, ", ", normalise(s)) for s in (answer, gold))
     a, g = (a if "=" in g else unlabel(a)), (g if "=" in a else unlabel(g))  # not both: y = 5 is not x = 5
-    return same(a, g) or ("%" in a + g and same(a.rstrip("\\%"), g.rstrip("\\%")))
+    a_list, g_list = elements(squeeze(a)), elements(squeeze(g))
+    if len(set(a_list)) == len(a_list) and len(set(g_list)) == len(g_list):
+        return same(a, g) or ("%" in a + g and same(a.rstrip("\\%"), g.rstrip("\\%")))
+    # Math-Verify makes sets of lists: 2,2 would be 2, and 2,2,3 would be 2,3,3
+    in_order = any(re.fullmatch(TUPLE, squeeze(s)) for s in (a, g))
+    for x in a_list:
+        y = next((y for y in g_list[: 1 if in_order else None] if equal(x, y)), None)
+        if y is None:
+            return False
+        g_list.remove(y)
+    return not g_list
 
 
 def unlabel(answer: str) -> str:
-    """Drop the names of values: "w = 16, f(x) = 3, Minimum: 1" -> "16, 3, 1"."""
-    return re.sub(
-        r"(^|,)\s*(?:[a-zA-Z](?:\([a-z]\)|_\{?\w\}?)?\s*=|(?:\\text\s*\{[^{}]*\}|[a-zA-Z]{3,})\s*[=:])", r"\1", answer
-    )
+    """Drop the names of values: "w = 16, f(x) = 3, (a, b) = (2, 2), Minimum: 1" -> "16, 3, (2, 2), 1"."""
+    names = r"[a-zA-Z](?:\([a-z]\)|_\{?\w\}?)?\s*=|\((?:[a-zA-Z],\s*)+[a-zA-Z]\)\s*="
+    return re.sub(rf"(^|,)\s*(?:{names}|(?:\\text\s*\{{[^{{}}]*\}}|[a-zA-Z]{{3,}})\s*[=:])", r"\1", answer)
 
 
 def far_apart(a, b) -> bool:
@@ -284,10 +288,8 @@ def ask(answer: str, gold: str, timeout: float) -> bool:
 
 
 def start_worker() -> subprocess.Popen:
-    """
-    A Python process that runs serve(). Not multiprocessing: fork is unsafe beside torch's threads, and spawn runs the
-    caller's script again in every worker, importing torch.
-    """
+    """A Python process that runs serve()."""
+    # not multiprocessing: fork is unsafe beside torch's threads, spawn runs the caller's script again, torch and all
     return subprocess.Popen(
         [sys.executable, os.path.abspath(__file__)],
         stdin=subprocess.PIPE,
