@@ -13,7 +13,8 @@ open-s1.
 Golds are cleaned (see clean) as far as rewards.py does not read them anyway. It reads Minerva's 4.5e33,
 np.arcsin(10/13), -1./3 and \exp{a*t}, and Olympiad's $69$,$84$, which is one gold: an answer must have both. The papers
 train on all rows of DeepScaleR, one epoch in 314 steps of 128 prompts: a row is left out only if it has no gold, or if
-an option below says so.
+an option below says so. MATH has 12,000 problems to train on and 500 to measure with (arXiv:2505.18706, App. E): here
+the 7,500 rows of its train split, then the 5,000 of its test split, without the problems of math500.
 """
 
 import hashlib
@@ -41,7 +42,7 @@ SOURCES = {  # name: (hub id, configs, split, field of the problem, field of the
     "olympiad": ("Hothan/OlympiadBench", ["OE_TO_maths_en_COMP"], "train", "question", "final_answer", [674, 675]),
     "gsm8k_test": ("openai/gsm8k", ["main"], "test", "question", "answer", [1319]),
     "gsm8k": ("openai/gsm8k", ["main"], "train", "question", "answer", [7473]),
-    "math": ("EleutherAI/hendrycks_math", SUBJECTS, "train", "problem", "solution", [7500]),
+    "math": ("EleutherAI/hendrycks_math", SUBJECTS, "train+test", "problem", "solution", [12500]),  # less 500
     "deepscaler": ("agentica-org/DeepScaleR-Preview-Dataset", [None], "train", "problem", "answer", [40315]),
     "open-s1": ("knoveleng/open-s1", [None], "train", "problem", "solution", [18615]),  # rows: its dataset card
 }
@@ -178,6 +179,16 @@ def letters(problem: str) -> str:
 # -------------------------------------------------------------------------------------------------------------- prepare
 
 
+def without_math500(rows: list[dict], path: Path) -> list[dict]:
+    """The rows whose problem is not in the file of MATH500; two problems are one if only their white space differs."""
+    if not path.is_file():
+        sys.exit(f"math leaves out the problems of MATH500, and there is no file {path}: prepare math500 first")
+    evaluation = {" ".join(row["problem"].split()) for row in read_file(path)}
+    kept = [row for row in rows if " ".join(row["problem"].split()) not in evaluation]
+    print(f"  problems of MATH500 left out: {len(rows) - len(kept)}, expected 500 of 12500")
+    return kept
+
+
 def check_training(rows: list[dict], args: Config) -> list[dict]:
     """Count problems that a benchmark in the folder has, and those with different golds; drop them if asked to."""
     golds, shared, dirty = {}, [], set()
@@ -210,7 +221,7 @@ def prepare(name: str, args: Config) -> None:
     if args.source:
         raw, origin = read_file(args.source), str(args.source)
     else:
-        parts = [load_hub(hub, config, split, REVISIONS[hub]) for config in configs]
+        parts = [load_hub(hub, config, part, REVISIONS[hub]) for part in split.split("+") for config in configs]
         raw, origin = [row for part, _ in parts for row in part], f"{hub} at {parts[0][1]}"
     wanted = " or ".join(map(str, expected))
     print(
@@ -234,6 +245,8 @@ def prepare(name: str, args: Config) -> None:
         f"  golds cleaned: {changed}; rows without a gold, left out: {len(without)}"
         + (f", {without[:10]}" if without else "")
     )
+    if name == "math":
+        rows = without_math500(rows, args.out / "math500.jsonl")
     if name not in BENCHMARKS:
         rows = check_training(rows, args)
 
@@ -253,6 +266,8 @@ def main(args: Config) -> None:
         sys.exit(f"wanted all or names of {', '.join(SOURCES)}; got {', '.join(unknown) or 'none'}")
     if args.source and len(set(names)) != 1:
         sys.exit(f"--from takes exactly one name, got {len(set(names))}")
+    if "math" in names and not args.source and not (args.out / "math500.jsonl").exists():
+        names = [*names, "math500"]  # math needs its problems, and is measured with them
     for name in SOURCES:  # benchmarks first; each file is finished before the next begins
         if name in names:
             prepare(name, args)

@@ -170,8 +170,9 @@ def hub(monkeypatch):
 
     def load_hub(hub, config, split, revision):
         asked.append((hub, config, split, revision))
-        name = next(n for n, source in prepare.SOURCES.items() if (source[0], source[2]) == (hub, split))
-        return HUB[name][0] if config in (prepare.SOURCES[name][1][0], None) else [], "abc123"
+        name = next(n for n, source in prepare.SOURCES.items() if source[0] == hub and split in source[2].split("+"))
+        first = (config, split) == (prepare.SOURCES[name][1][0], prepare.SOURCES[name][2].split("+")[0])
+        return HUB[name][0] if first else [], "abc123"
 
     monkeypatch.setattr(prepare, "load_hub", load_hub)
     return asked
@@ -191,7 +192,7 @@ def test_every_set_from_the_hub(hub, tmp_path, capsys):
             golds += [row["answer"] for row in problems]
             expected += [reward] * len(problems)
     assert rewards.grade(completions, golds, timeout=30) == expected
-    assert set(HUB) == set(prepare.SOURCES) and len(hub) == 11 + 6  # MATH has seven parts
+    assert set(HUB) == set(prepare.SOURCES) and len(hub) == 10 + 7 * 2  # MATH: seven subjects, train and test
     assert ("openai/gsm8k", "main", "test", prepare.REVISIONS["openai/gsm8k"]) in hub
     assert ("Hothan/OlympiadBench", "OE_TO_maths_en_COMP", "train", prepare.REVISIONS["Hothan/OlympiadBench"]) in hub
     assert len({config for name, config, *_ in hub if name == "EleutherAI/hendrycks_math"}) == 7
@@ -387,6 +388,40 @@ TRAINING = [
     {"problem": "Say which!", "answer": "B"},
     {"problem": "Compute $7+8$.", "answer": "15"},
 ]
+
+
+def test_math_has_both_splits_without_math500(tmp_path, monkeypatch, capsys):
+    rows = {  # (subject, split): problems
+        ("algebra", "train"): ["Find $x$ if\n$x + 1 = 3$.", "Compute $5 - 2$."],
+        ("algebra", "test"): ["Compute $5 + 2$.", "Is 7 prime?"],
+        ("precalculus", "test"): ["Find $\\sin 0$. ", "find $\\cos 0$."],
+    }
+    evaluation = ["Find $x$ if $x + 1 = 3$.", "Compute  $5 + 2$.", "Find $\\sin 0$.", "Find $\\cos 0$."]
+
+    def load_hub(hub, config, split, revision):
+        if hub == "HuggingFaceH4/MATH-500":
+            return [{"problem": problem, "answer": "1"} for problem in evaluation], "abc123"
+        return [{"problem": problem, "solution": "$\\boxed{1}$"} for problem in rows.get((config, split), [])], "abc123"
+
+    monkeypatch.setattr(prepare, "load_hub", load_hub)
+    run(tmp_path, "math")
+    kept = [(row["id"], row["problem"]) for row in read(tmp_path, "math")]
+    # a sign or a capital makes another problem, white space does not; the rows keep their numbers
+    assert kept == [("math-2", "Compute $5 - 2$."), ("math-4", "Is 7 prime?"), ("math-6", "find $\\cos 0$.")]
+    assert [row["problem"] for row in read(tmp_path, "math500")] == evaluation  # it came along
+    printed = capsys.readouterr().out
+    assert "math: 6 rows of EleutherAI/hendrycks_math at abc123, expected 12500: WARNING" in printed
+    assert "problems of MATH500 left out: 3, expected 500 of 12500\n" in printed
+    (tmp_path / "math500.jsonl").write_text(json.dumps({"problem": "Is 7 prime?", "answer": "1"}) + "\n")
+    run(tmp_path, "math", force=True)  # the file in the folder counts, and is not made again
+    assert len(read(tmp_path, "math")) == 5 and len(read(tmp_path, "math500")) == 1
+
+
+def test_math_from_a_file_wants_math500(tmp_path):
+    source = write_jsonl(tmp_path / "rows.jsonl", [GOOD])
+    line = error_of(tmp_path, "math", source=source)
+    assert line.endswith(f"there is no file {tmp_path / 'math500.jsonl'}: prepare math500 first")
+    assert not (tmp_path / "math.jsonl").exists()
 
 
 def test_contamination_and_conflicts(tmp_path, capsys):
