@@ -144,7 +144,7 @@ def test_train_and_held_out_problems_are_disjoint():
 
 def test_shipped_problems_are_what_world_writes(tmp_path):
     world.write_problems(tmp_path)
-    for name in ("train.jsonl", "test.jsonl"):
+    for name in ("train.jsonl", "test.jsonl", "chain2.jsonl", "chain3.jsonl", "chain4.jsonl"):
         assert (tmp_path / name).read_bytes() == (TINY / name).read_bytes()
 
 

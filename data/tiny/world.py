@@ -165,7 +165,11 @@ def chat(system: str, user: str) -> str:
 
 
 def write_problems(folder: Path, n_train: int = 2000, n_test: int = 1000) -> None:
-    """Write train.jsonl and test.jsonl, {id, problem, answer} a line; no problem stands in both or twice."""
+    """
+    Write train.jsonl and test.jsonl, {id, problem, answer} a line; no problem stands in both or twice.
+
+    chain2, chain3 and chain4.jsonl are the first 300 test problems with so many operations: benchmarks in small.
+    """
     for split, n in (("train", n_train), ("test", n_test)):
         rng, rows = random.Random(split), {}
         while len(rows) < n:
@@ -176,6 +180,9 @@ def write_problems(folder: Path, n_train: int = 2000, n_test: int = 1000) -> Non
             for i, (text, answer) in enumerate(rows.items())
         ]
         (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+    for n in (2, 3, 4):
+        chains = [row for row in lines if json.loads(row)["problem"].count(",") == n]  # a comma before each operation
+        (folder / f"chain{n}.jsonl").write_text("\n".join(chains[:300]) + "\n")
 
 
 if __name__ == "__main__":
