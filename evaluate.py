@@ -14,11 +14,11 @@ and are not computed again: an interrupted command is given again and goes on.
 
 import json
 import os
-import statistics
 import sys
 import time
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
@@ -26,8 +26,9 @@ import torch
 import tyro
 
 import model
-from data.estimate import Estimate, write_table
-from data.problems import PAPERS, SAMPLES, Problems, prompt_ids, sets_of
+import rewards
+from data.estimate import Estimate, summary, write_table
+from data.problems import PAPERS, Problems, prompt_ids, sets_of
 from data.runs import checksum, config_of, identity, keep, kept, weights_digest
 from rewards import grade
 
@@ -43,6 +44,7 @@ class Config:
     temperatures: tuple[float, ...] = (1.0, 0.0)  # 0 decodes greedily
     seeds: tuple[int, ...] = ()            # of the sampler; default 0, with --benchmarks 0 1 2 as in the papers
     base: bool = True                      # measure the run's base model too, and the difference
+    checkpoints: bool = False              # measure what train.py --keep-every kept instead, and choose among it
     template: Literal["native", "qwen-math", "r1"] | None = None  # of the prompt; default: as in the run
     system: str | None = None              # system message; default: as in the run
     prefix: str = ""                       # text that every answer begins with, for example To
@@ -104,7 +106,7 @@ class Subject:
 
     @property
     def samples_with(self) -> str:
-        """ "hf", or "vllm"; exits with a line where vLLM cannot hold the vectors. """
+        """ "hf", or "vllm"; exits with a line where vLLM cannot hold the vectors."""
         return model.choose_sampler(self.sampler, self.device, self.config.architectures[0], self.holds)
 
     @property
@@ -162,6 +164,12 @@ class Subject:
 # ---------------------------------------------------------------------------------------------------- ask, grade, keep
 
 
+@cache
+def grader() -> str:
+    """A checksum of what decides between right and wrong."""
+    return checksum(Path(rewards.__file__).read_bytes() + version("math-verify").encode())
+
+
 def answers(
     subject: Subject, vectors: dict, problems: Problems, k=1, temperature=1.0, seed=0, prefix="", ids=False, bar=None
 ) -> dict[str, list]:
@@ -169,8 +177,9 @@ def answers(
     Answer every problem k times (greedily once) with the steered model, {} for the base, and grade: lists by problem.
 
     {"correct": [problem][sample] rewards, "completions": texts, "ended": False where cut off, "lengths": tokens,
-    "seconds"}; with ids also "prompt_ids" and "completion_ids". Kept answers are read: 300 are the first of 1,000 kept
-    ones, and to 300 kept ones 700 are added, because a problem's answers depend on its own seed alone.
+    "seconds", "grader"}; with ids also "prompt_ids" and "completion_ids". Kept answers are read: 300 are the first of
+    1,000 kept ones, and to 300 kept ones 700 are added, because a problem's answers depend on its own seed alone.
+    Those that another grader graded are graded again, not sampled again.
     """
     k, seed = (k, seed) if temperature else (1, 0)
     key = subject.key | {"vectors": identity(vectors), "data": problems.checksum, "prefix": prefix, "ids": ids}
@@ -178,6 +187,13 @@ def answers(
     name = f"{problems.name}-T{temperature:g}-seed{seed}-{checksum(json.dumps(key).encode())}.json"
     found = kept(subject.folder / name, key) or {}
     done, n = len(found.get("correct", [])), len(problems.rows)
+    graders = found.setdefault("grader", [""] * done)
+    if stale := [i for i in range(min(done, n)) if graders[i] != grader()]:
+        texts, golds = zip(*((text, problems.rows[i]["answer"]) for i in stale for text in found["completions"][i]))
+        again = grade(texts, golds)
+        for place, i in enumerate(stale):
+            found["correct"][i], graders[i] = again[place * k : place * k + k], grader()
+        keep(subject.folder / name, key, found)
     if done < n:
         rows, seeds = problems.rows[done:], model.prompt_seeds(seed, range(done, n))
         began = time.perf_counter()
@@ -192,7 +208,7 @@ def answers(
         if ids:
             by_row |= {"completion_ids": rolled.completions}
         new = {what: [flat[i : i + k] for i in range(0, len(flat), k)] for what, flat in by_row.items()}
-        new["seconds"] = [seconds / len(rows)] * len(rows)
+        new |= {"seconds": [seconds / len(rows)] * len(rows), "grader": [grader()] * len(rows)}
         if ids:
             new["prompt_ids"] = rolled.prompts[::k]
         found = keep(subject.folder / name, key, {what: found.get(what, []) + part for what, part in new.items()})
@@ -204,32 +220,16 @@ def measure(subject: Subject, vectors: dict, sets: list[Problems], args: Config,
     found, seeds = {}, args.seeds or ((0, 1, 2) if args.benchmarks else (0,))
     for temperature in args.temperatures:
         for problems in sets:
-            k, results = args.samples or SAMPLES.get(problems.name, 1), []
+            k, results = args.samples or problems.samples, []
             for seed in seeds if temperature else (0,):  # greedy decoding has no randomness: one answer says all
                 bar = f"{who}, {problems.name}, T = {temperature:g}, seed {seed}"
                 results.append(answers(subject, vectors, problems, k, temperature, seed, args.prefix, bar=bar))
             found[problems.name, temperature] = summary(results)
-        six = [found[name, temperature]["accuracy"] for name in PAPERS if (name, temperature) in found]
-        if len(six) == len(PAPERS):
-            found["Avg", temperature] = {"accuracy": Estimate.mean(six)}
+        names = [problems.name for problems in sets]
+        names = PAPERS if set(PAPERS) <= set(names) else names
+        if len(names) > 1:
+            found["Avg", temperature] = {"accuracy": Estimate.mean([found[n, temperature]["accuracy"] for n in names])}
     return found
-
-
-def summary(results: list[dict]) -> dict:
-    """The answers of several seeds as one row: accuracy (an Estimate), standard deviation over seeds, counts."""
-    correct = [sum(rows, []) for rows in zip(*(r["correct"] for r in results))]  # [problem][samples of all seeds]
-    by_seed = [statistics.mean(map(statistics.mean, r["correct"])) for r in results]
-    lengths = [length for r in results for row in r["lengths"] for length in row]
-    return {
-        "accuracy": Estimate.of(correct),
-        "sd_over_seeds": statistics.stdev(by_seed) if len(by_seed) > 1 else None,
-        "problems": len(correct),
-        "samples": len(correct[0]),  # of all seeds together
-        "seeds": len(results),
-        "truncated": 1 - statistics.mean(ended for r in results for row in r["ended"] for ended in row),
-        "tokens_mean": statistics.mean(lengths),
-        "tokens_per_second": sum(lengths) / sum(sum(r["seconds"]) for r in results),
-    }
 
 
 # ------------------------------------------------------------------------------------------------------- the command
@@ -246,6 +246,8 @@ def check(args: Config) -> None:
         sys.exit("--temperatures wants one or more numbers from 0 up")
     if args.benchmarks and args.data:
         sys.exit("give either --benchmarks or --data")
+    if args.checkpoints and args.run is None:
+        sys.exit("--checkpoints wants a run folder of train.py --keep-every N")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         sys.exit("evaluate.py runs as one process, not under torchrun; --tensor-parallel N spreads vLLM over N GPUs")
 
@@ -267,10 +269,14 @@ def main(args: Config) -> dict:
     full = run.get("method") == "full"
     if full and args.tensor_parallel > 1:
         sys.exit(f"--tensor-parallel wants 1 for {args.run}: all weights of a run reach vLLM within one process only")
-    sets = sets_of(args, run["model"])
+    sets = sets_of(args, run)
     vectors, meta = ({}, {}) if args.run is None else vectors_of(args.run, run)
     folder = Path(args.run or "out/base").parent / "answers"  # beside the run, where train.py and analyze.py look, too
     subject, found = Subject.of_run(run, args, holds=vectors, folder=folder), {}
+    if args.checkpoints:
+        from data.compare import checkpoints  # here, because it measures with this file
+
+        return checkpoints(subject, run, Path(args.run), sets, args)
     if args.base or args.run is None:
         found["base"] = measure(subject, {}, sets, args, "base")
     if args.run is not None:

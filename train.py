@@ -29,17 +29,18 @@ from typing import Literal
 
 import torch
 import tyro
+from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import model
 from data import parallel
-from data.estimate import Estimate, markdown
+from data.compare import compare_with_base
 from data.parallel import AllWeights, batch_of_problems, log, rank, share, timed, tokens_of_all
-from data.problems import MATH_PROMPT, ROOT, Problems, of_paper, problems_of, recipe
+from data.problems import MATH_PROMPT, ROOT, Problems, authors_rate, problems_of, recipe
 from data.runs import begin, check, check_folder, lines_of, name_of_run, parse_layers, plot_reward, told_how_to_go_on
-from evaluate import Subject, answers
+from evaluate import Subject
 from rewards import grade, grading_timeouts
 
 
@@ -64,7 +65,7 @@ class Config:
     max_tokens: int | None = None       # longest answer in tokens; default 80; what the context leaves
     template: Literal["native", "qwen-math", "r1"] | None = None  # of the prompt; default native or, without one, r1
     system: str | None = None           # system message; default: reason step by step, answer in a box
-    lr: float | Literal["paper"] = 0.06  # Adam step, a share of RMS(h_l) / number of vectors; paper: paper.json's
+    lr: float | Literal["paper"] | None = None  # share of RMS(h_l) / number of vectors; 0.06; the authors', if any
     lr_absolute: float | None = None    # Adam step as it is, replaces --lr; default of full 3e-4; 1e-6
     warmup: int | None = None           # steps until the rate has its value; default 3; 3 % of an epoch
     clip: float = 2.0                   # largest norm of the gradient of all vectors together
@@ -77,6 +78,7 @@ class Config:
     rows: int = 512                     # answers sampled at once; lower it when memory is short
     micro_tokens: int | None = None     # tokens of a training forward pass, padded; default 4096; 16384
     eval_problems: int = 400            # held-out problems for the comparison at the end; 0: none
+    keep_every: int | None = None       # keep what is trained after every so many steps, for evaluate.py --checkpoints
     seed: int = 0                       # of the order of the problems, the rollouts and the held-out samples
     out: str | None = None              # run folder; default out/MODEL-layerLAYER and what is not usual
     resume: bool = False                # go on with the run in that folder
@@ -286,9 +288,11 @@ def save(run: Run, step: int, trained, adam: torch.optim.Adam) -> None:
 
     No random state: the order of the problems is a function of (seed, epoch), the rollouts are one of (seed, step).
     """
+    if run.args.keep_every and (step + 1) % run.args.keep_every == 0 and rank() == 0:
+        trained.write(run.out / "checkpoints" / f"{step + 1:05}", step + 1)
     if (step + 1) % run.save_every == 0 or step + 1 == run.args.steps:
         if rank() == 0:
-            trained.write(step + 1)
+            trained.write(run.out, step + 1)
         # last: a step counts once this is on the disk
         parallel.save_state(run.out / "state.pt", step + 1, trained.values, adam)
 
@@ -333,9 +337,9 @@ class Vectors:
     def put_back(self) -> None:
         """Nothing to do: the hooks hold the tensors themselves."""
 
-    def write(self, step: int) -> None:
-        args, out = self.run.args, self.run.out / "vectors.safetensors"
-        model.save_vectors(out, self.steering, self.run.subject.llm, args.model, step)
+    def write(self, folder: Path, step: int) -> None:
+        file = folder / "vectors.safetensors"
+        model.save_vectors(file, self.steering, self.run.subject.llm, self.run.args.model, step)
 
 
 METHODS = {"vector": Vectors, "lora": Vectors, "full": AllWeights}
@@ -357,7 +361,8 @@ def start_values(args: Config, llm, rms: dict) -> tuple[dict, dict]:
     ({place: fp32 tensor to train}, {place: tensor that stays fixed}). rms: {place: size there}, of all places to train.
 
     Zeros, so that step 0 is the base model, except a LoRA's A: random, of such a size that A x is about 1, so that a
-    step on B moves the stream as far as the same step on a vector. With --init from that run.
+    step on B moves the stream as far as the same step on a vector. Under the authors' rates it is PEFT's start, uniform
+    in +- 1 / sqrt(F), for which those rates were chosen. With --init from that run.
     """
     draw, values = torch.Generator().manual_seed(args.seed), {}
     given = vectors_in(args.init, llm) if args.init else {}
@@ -366,6 +371,8 @@ def start_values(args: Config, llm, rms: dict) -> tuple[dict, dict]:
         s = torch.zeros(getattr(module, "out_features", llm.config.hidden_size))
         if matrix == "lora_A":
             s = torch.randn(args.rank, module.in_features, generator=draw) / module.in_features**0.5 / size
+            if args.lr == "paper":
+                nn.init.kaiming_uniform_(s, a=5**0.5, generator=draw)
         elif matrix == "lora_B":
             s = s[:, None].repeat(1, args.rank)
         if place in given and given[place].shape != s.shape:
@@ -386,8 +393,10 @@ def earlier_directions(args: Config, llm, places: list) -> dict:
         for run, vectors in runs.items():
             if place not in vectors:
                 sys.exit(f"--orthogonal-to {run}: that run has no vector at {place}")
-        stack = torch.stack([vectors[place] for vectors in runs.values()], 1)  # (D, n)
-        found[place] = torch.linalg.qr(stack.double()).Q.T.float().to(llm.device)
+        stack = torch.stack([vectors[place] for vectors in runs.values()], 1).double()  # (D, n)
+        if torch.linalg.matrix_rank(stack, rtol=1e-4) < len(runs):  # QR would complete the basis by any axis
+            sys.exit(f"--orthogonal-to: the vectors of {', '.join(runs)} at {place} are zero or not independent")
+        found[place] = torch.linalg.qr(stack).Q.T.float().to(llm.device)
     return found
 
 
@@ -395,20 +404,15 @@ def learning_rates(args: Config, rms: dict, values: dict) -> dict:
     """
     Absolute learning rate for every trained tensor: {place: lr}. rms: {place: size of what is steered}.
 
+    The default is the authors' rate, where data/paper.json has one. Else it is a share of the size there, 0.06 in 32
+    steps, as on the embedded model, and 0.06 sqrt(32 / steps) in more: where the gradient is noise, Adam walks at
+    random, 6 rates far in 32 steps and 17.5 in 314, and 17.5 * 0.06 is as long as the stream itself.
     A LoRA's A has entries of about 1 / (sqrt(F) RMS(x)), and its step is a share of that.
     """
     if args.lr_absolute is not None:
         return dict.fromkeys(rms, args.lr_absolute)
     if args.lr == "paper":
-        found = of_paper("lr", args.model)
-        # all layers together have one rate of their own, and so has any site but the end of a layer
-        kind = f"lora{args.rank}_layers" if args.method == "lora" else "layers"
-        lr = {place: found.get(kind, {}).get(str(model.split(place).layer)) for place in rms}
-        if args.site != "end" or (args.layer == "all" and args.method == "vector"):
-            lr = dict.fromkeys(rms, found.get("site" if args.site != "end" else "all"))
-        if lacking := [place for place in lr if lr[place] is None]:
-            sys.exit(f"--lr paper: data/paper.json has no rate for layer {lacking[0]} of {args.model!r}")
-        return lr
+        return {place: authors_rate(args, model.split(place).layer) for place in rms}
     # divided by the number of vectors, because their sum moves the stream: with 28 of them the undivided step diverges
     inner = {place: values[place].shape[1] for place in rms if model.split(place).matrix == "lora_A"}
     vectors = len(rms) - len(inner)
@@ -426,7 +430,7 @@ def open_run(args: Config) -> Run:
     if args.data is None and not (ROOT / defaults["data"]).is_file():
         way_out = "run `python data/prepare.py deepscaler math500`, or give --data FILE"
         sys.exit(f"no problems at {defaults['data']}: {way_out}")
-    save_every = defaults.pop("save_every")
+    save_every, epochs = defaults.pop("save_every"), defaults.pop("epochs")
     args = replace(args, **{name: value for name, value in defaults.items() if getattr(args, name) is None})
     rows = problems_of(args.data).rows
     held_out = problems_of(args.held_out).first(args.eval_problems) if args.held_out and args.eval_problems else None
@@ -434,7 +438,7 @@ def open_run(args: Config) -> Run:
         sys.exit(f"--prompts {args.prompts}: the data has only {len(rows)} problems")
     args = replace(args, device=parallel.join_processes(args.device, args.prompts))
     subject = Subject.of_run({"model": args.model}, replace(args, context=None))
-    parse_layers(args.layer, subject.depth)  # exits before the model is loaded
+    layers = parse_layers(args.layer, subject.depth)  # exits before the model is loaded
     subject.template = args.template or ("native" if subject.tokenizer.chat_template else "r1")
     subject.system = MATH_PROMPT if args.system is None else args.system
     args = replace(args, context=min(args.context, subject.context))
@@ -444,8 +448,13 @@ def open_run(args: Config) -> Run:
         print(f"{left_out}, whose prompts fill the context of {args.context} tokens")
     if len(fit) < args.prompts:
         sys.exit(f"--context {args.context}: only {len(fit)} problems have prompts that leave room for an answer")
-    epoch = len(fit) // args.prompts  # the warm-up is a share of the epoch: more --steps change nothing before
-    args = replace(args, steps=args.steps or epoch, warmup=args.warmup or math.ceil(0.03 * epoch))
+    usual = epochs * (len(fit) // args.prompts)  # the warm-up is a share of it: more --steps change nothing before
+    args = replace(args, steps=args.steps or usual, warmup=args.warmup or math.ceil(0.03 * usual))
+    if args.method != "full" and args.lr_absolute is None:
+        known = all(authors_rate(args, layer) for layer in layers)
+        if args.lr == "paper" and not known:
+            sys.exit(f"--lr paper: data/paper.json has no rate for these layers of {args.model!r}; leave --lr out")
+        args = replace(args, lr=args.lr or ("paper" if known else 0.06 * min(1, (32 / args.steps) ** 0.5)))
     out = Path(args.out or f"out/{name_of_run(args)}")
     subject.folder = out.parent / "answers"
     return Run(args, out, fit, held_out, subject, save_every)
@@ -484,32 +493,10 @@ def finish(run: Run, vectors: dict) -> None:
     history = lines_of(run.out / "metrics.jsonl")
     level = history[0]["accuracy"]  # step 0 samples with zero vectors: the base model, on training problems
     if run.held_out:
-        level = compare_with_base(run, vectors)
+        level = compare_with_base(run.subject, vectors, run.held_out, run.args.model, run.args.seed)
     plot_reward(history, level, run.out / "reward.png")
     own = f" --data {run.args.data}" if run.args.model not in model.FAMILY else ""
     print(f"\nwrote {run.out}/ with reward.png; now: python evaluate.py {run.out}{own}")
-
-
-def compare_with_base(run: Run, vectors: dict) -> float:
-    """Print accuracies, as evaluate.py measures them, their difference, three answers; returns the base's at T = 1."""
-    found, problems = {}, run.held_out
-    for who, given in (("steered", vectors), ("base", {})):  # of all weights the trained ones are in the model now
-        if who == "base":
-            run.subject.swap(run.args.model)
-        for t in (1.0, 0.0):
-            bar = f"{who}, held out, T = {t:g}"
-            found[who, t] = answers(run.subject, given, problems, 1, t, run.args.seed, bar=bar)
-    accuracy = {key: Estimate.of(x["correct"]) for key, x in found.items()}
-    accuracy |= {("difference", t): accuracy["steered", t] - accuracy["base", t] for t in (1.0, 0.0)}
-    print(f"\nright answers to {len(problems.rows)} held-out problems in %, with 95 % intervals over problems\n")
-    table = [[who, accuracy[who, 1.0].text(), accuracy[who, 0.0].text()] for who in ("base", "steered", "difference")]
-    print(markdown(["model", "T = 1", "greedy"], table))
-    for i, row in enumerate(problems.rows[:3]):
-        print(f"\n{row['problem']}  (answer: {row['answer']})")
-        for who in ("base", "steered"):
-            verdict = "right" if found[who, 1.0]["correct"][i][0] else "wrong"
-            print(f"  {who}, T = 1, {verdict}: " + found[who, 1.0]["completions"][i][0].replace("\n", "\n    "))
-    return accuracy["base", 1.0].value
 
 
 if __name__ == "__main__":

@@ -82,6 +82,23 @@ class Estimate:
         return {"value": self.value, "interval_95": self.interval} | ({"open": True} if self.open else {})
 
 
+def summary(results: list[dict]) -> dict:
+    """The answers of several seeds as one row: accuracy (an Estimate), standard deviation over seeds, counts."""
+    correct = [sum(rows, []) for rows in zip(*(r["correct"] for r in results))]  # [problem][samples of all seeds]
+    by_seed = [statistics.mean(map(statistics.mean, r["correct"])) for r in results]
+    lengths = [length for r in results for row in r["lengths"] for length in row]
+    return {
+        "accuracy": Estimate.of(correct),
+        "sd_over_seeds": statistics.pstdev(by_seed) if len(by_seed) > 1 else None,  # divisor n, as the papers
+        "problems": len(correct),
+        "samples": len(correct[0]),  # of all seeds together
+        "seeds": len(results),
+        "truncated": 1 - statistics.mean(ended for r in results for row in r["ended"] for ended in row),
+        "tokens_mean": statistics.mean(lengths),
+        "tokens_per_second": sum(lengths) / sum(sum(r["seconds"]) for r in results),
+    }
+
+
 def cell(found: dict | None, sign: str = "") -> str:
     """43.2 ±0.3 [41.0, 45.4] in percent."""
     if found is None:
@@ -106,7 +123,7 @@ def counts(name: str, about: dict) -> list[str]:
     if "problems" not in about:
         return [""] * 6
     k = about["samples"] // about["seeds"]
-    metric = "PASS@1" if k == 1 else f"mean@{k}" if name.startswith("gsm8k") else f"AVG@{k}"  # the papers' names
+    metric = "PASS@1" if k == 1 else f"mean@{k}" if k == 8 else f"AVG@{k}"  # the papers' names
     truncated, tokens = f"{100 * about['truncated']:.1f} %", f"{about['tokens_mean']:.0f}"
     return [metric, f"{about['problems']}", f"{about['seeds']}", truncated, tokens, f"{about['tokens_per_second']:.0f}"]
 
@@ -126,7 +143,7 @@ def write_table(found: dict, what: str, out: Path) -> None:
             numbers[-1][who] = rest | part["accuracy"].json()
     table = markdown(head, rows)
     text = f"{what}. Percent of right answers, 95 % intervals over problems"
-    text += "; ± is the standard deviation over seeds" if "±" in table else ""
+    text += "; ± is the standard deviation over seeds (divisor: their number, as in the papers)" if "±" in table else ""
     print(f"\n{text}\n\n{table}")
     write(out / "eval.md", f"{text}\n\n{table}\n")
     write(out / "eval.json", json.dumps(numbers, indent=1, default=Estimate.json) + "\n")

@@ -82,7 +82,7 @@ def prefix(who: str) -> tuple:
 
 def sites(who: str) -> tuple:
     rows = {row["site"]: printed(row["mean"], row["pm"]) for row in PAPER["P4.fig10"]["rows"]}
-    note = "v4, Fig. 10, base: Table 2; mean of six benchmarks; bars: ± over seeds; order of the middle three: likely"
+    note = "v4, Fig. 10, base: Table 2; mean of six benchmarks; bars: ± over seeds"
     return {"conditions": {"base": averages(who, "T = 1")["base"]} | rows}, note
 
 

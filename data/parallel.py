@@ -182,9 +182,9 @@ class AllWeights:
             engine.push_weights(subject.llm)
         subject.weights = subject.inside = str(self.run.out / "weights")  # its answers are not the base model's
 
-    def write(self, step: int) -> None:
+    def write(self, folder, step: int) -> None:
         """Write the model in the Hugging Face format."""
-        with written(self.run.out / "weights") as new:
+        with written(folder / "weights") as new:
             self.run.subject.llm.save_pretrained(new)
             self.run.subject.tokenizer.save_pretrained(new)
 

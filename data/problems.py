@@ -18,6 +18,7 @@ from data.runs import FAMILY, TINY, checksum
 ROOT = Path(__file__).parent.parent
 PAPERS = ["aime24", "aime25", "amc23", "math500", "minerva", "olympiad"]  # P4's six; Avg: the mean of their accuracies
 SAMPLES = {"aime24": 32, "aime25": 32, "amc23": 32, "gsm8k_test": 8}  # answers to a problem; else 1 (P4 Sec. 2, B)
+SMALLER = ("gsm8k", "math")  # B trains on these, too (App. E), and then measures with 8 answers: mean@8
 
 MATH_PROMPT = "Please reason step by step, and put your final answer within \\boxed{}."
 R1_PROMPT = (  # as in arXiv:2503.20783, which P4 follows
@@ -32,6 +33,7 @@ class Problems(NamedTuple):
     name: str
     rows: list[dict]  # {"problem": text, "answer": text or list of texts, ...}
     checksum: str  # of the whole file, also where only its first rows are used
+    samples: int = 1  # answers to each problem in the papers
 
     def first(self, n: int | None) -> "Problems":
         return self._replace(rows=self.rows[:n])
@@ -57,22 +59,26 @@ def problems_of(path) -> Problems:
         rows.append(row | {"answer": [str(a) for a in golds] if len(golds) > 1 else str(golds[0])})
     if not rows:
         sys.exit(f"{path} is empty: wanted a problem and an answer in every line")
-    return Problems(Path(path).stem, rows, checksum(text.encode()))
+    name = Path(path).stem
+    return Problems(name, rows, checksum(text.encode()), SAMPLES.get(name, 1))
 
 
-def benchmarks(names: tuple[str, ...]) -> list[Problems]:
-    """data/NAME.jsonl of these names, or of the papers' six for ("all",)."""
+def benchmarks(names: tuple[str, ...], trained_on: str | None = None) -> list[Problems]:
+    """data/NAME.jsonl of these names, or of the papers' six for ("all",). trained_on: the data of the run."""
     files = [ROOT / "data" / f"{name}.jsonl" for name in (PAPERS if names == ("all",) else names)]
     if missing := [path.stem for path in files if not path.is_file()]:
         sys.exit(f"no problems of {', '.join(missing)}: run `python data/prepare.py {' '.join(missing)}`")
-    return [problems_of(path) for path in files]
+    sets = [problems_of(path) for path in files]
+    if Path(trained_on or "").stem in SMALLER:
+        sets = [problems._replace(samples=8) if problems.name == "math500" else problems for problems in sets]
+    return sets
 
 
-def sets_of(args, name: str) -> list[Problems]:
-    """What evaluate.py's settings ask for (benchmarks, data, problems), for the model with this name."""
+def sets_of(args, run: dict) -> list[Problems]:
+    """What evaluate.py's settings ask for (benchmarks, data, problems), for a run with this config."""
     if args.benchmarks:
-        sets = benchmarks(args.benchmarks)
-    elif args.data is None and name not in FAMILY:
+        sets = benchmarks(args.benchmarks, run.get("data"))
+    elif args.data is None and run["model"] not in FAMILY:
         wanted = "--benchmarks NAME... or --data FILE is needed"
         sys.exit(f"{wanted}: only the embedded model has held-out problems of its own")
     else:
@@ -130,28 +136,66 @@ def segments(prompts: list[list[int]], other: list[int]) -> list[list[str]]:
     return found
 
 
-def of_paper(kind: str, name: str) -> dict:
-    """The entry of paper.json ("recipes" or "lr") for a model, by the last part of its name, as of a local copy."""
-    entries = json.loads((ROOT / "data" / "paper.json").read_text(encoding="utf-8"))[kind]
+def of_paper(entries: dict, name: str) -> dict:
+    """The entry of a model, by the last part of its name, as of a local copy; {} where there is none."""
     return next((entry for hub, entry in entries.items() if Path(hub).name == Path(name).name), {})
+
+
+def authors(name: str, data: str) -> dict:
+    """
+    How the authors trained a model: prompts, samples, context, epochs, and "rates", their Adam steps.
+
+    rates: {"vector", "lora1", "lora4": at all layers, "full": all weights, "site": a vector after another module,
+    "vector_layers", "lora1_layers": {layer: rate} of single layers}. On GSM8K and MATH (B Table 6), else on DeepScaleR,
+    whose settings also serve data of one's own. {"rates": {}} for a model that they did not train.
+    """
+    paper = json.loads((ROOT / "data" / "paper.json").read_text(encoding="utf-8"))
+    found = of_paper(paper["recipes"], name)
+    single, loras = of_paper(paper["lr"], name), found.get("lr_lora_all_layers", {})
+    rates = {"vector": found.get("lr_all_layers")} | {f"lora{rank}": rate for rank, rate in loras.items()}
+    rates |= {"vector_layers": single.get("layers", {}), "lora1_layers": single.get("lora1_layers", {})}
+    rates |= {kind: single.get(kind) for kind in ("full", "site")}
+    rows = [row for row in paper["B.table6"]["rows"] if Path(row["model"]).name == Path(name).name]
+    if rows := [row for row in rows if row["data"].lower() == Path(data).stem]:
+        kinds = {"Steering": "vector", "LoRA-1": "lora1", "LoRA-4": "lora4", "Full-Tune": "full"}
+        rates = {kinds[row["setup"]]: row["lr"] for row in rows}
+        found = dict(paper["recipes_gsm8k_math"], samples=rows[0]["generations"])
+        found["epochs"] = of_paper({hub: {"n": n} for hub, n in found["epochs"].items()}, name)["n"]
+    sizes = {key: found[key] for key in ("prompts", "samples", "context", "epochs") if key in found}
+    return sizes | {"rates": {kind: rate for kind, rate in rates.items() if rate}}
+
+
+def authors_rate(args, layer: int) -> float | None:
+    """The authors' Adam step under train.py's settings for a place in this layer; None where paper.json has none."""
+    rates, kind = authors(args.model, args.data)["rates"], f"lora{args.rank}" if args.method == "lora" else "vector"
+    if args.site != "end":
+        return rates.get("site") if kind == "vector" else None
+    if args.layer == "all":  # all layers together have one rate of their own
+        return rates.get(kind)
+    return rates.get(f"{kind}_layers", {}).get(str(layer))
 
 
 def recipe(name: str, method: str = "vector", data: str | None = None) -> dict:
     """
     Defaults of train.py: the embedded model's, the authors' if they trained this model, else generic ones.
 
-    name: of the model. data: problems of one's own, which are not compared on others.
+    name: of the model. data: other problems than the usual ones. Those of one's own are not compared on others.
     """
     tiny = name in FAMILY
+    usual = "data/tiny/train.jsonl" if tiny else "data/deepscaler.jsonl"
+    found = dict(data=usual, held_out="data/tiny/test.jsonl" if tiny else "data/math500.jsonl", epochs=1)
     if tiny:
-        files = dict(data="data/tiny/train.jsonl", held_out="data/tiny/test.jsonl")
-        sizes = dict(steps=32, prompts=16, samples=16, context=512, max_tokens=80, warmup=3, micro_tokens=4096)
+        found |= dict(steps=32, prompts=16, samples=16, context=512, max_tokens=80, warmup=3, micro_tokens=4096)
+        rates, found["lr"] = {"full": 3e-4}, 0.06
     else:
-        files = dict(data="data/deepscaler.jsonl", held_out="data/math500.jsonl")
-        known = {key: x for key, x in of_paper("recipes", name).items() if key in ("prompts", "samples", "context")}
-        sizes = dict(prompts=128, samples=16, context=8192, micro_tokens=16384) | known
-    if data is not None or not (ROOT / files["held_out"]).is_file():
-        files["held_out"] = None
+        known = authors(name, data or usual)
+        rates = known.pop("rates")
+        found |= dict(prompts=128, samples=16, context=8192, micro_tokens=16384) | known
+        if Path(data or "").stem in SMALLER:
+            found["held_out"] = {"gsm8k": "data/gsm8k_test.jsonl"}.get(Path(data).stem, found["held_out"])
+    own = data is not None and (tiny or Path(data).stem not in SMALLER)
+    if own or not (ROOT / found["held_out"]).is_file():
+        found["held_out"] = None
     if method == "full":
-        return files | sizes | dict(lr_absolute=3e-4 if tiny else 1e-6, save_every=53)  # 53: the authors', 6 in a run
-    return files | sizes | dict(save_every=1)
+        return found | dict(lr_absolute=rates.get("full", 1e-6), save_every=53)  # 53: the authors', 6 in a run
+    return found | dict(save_every=1)

@@ -119,12 +119,14 @@ def check(args) -> None:
     """Exit with one line for a setting of train.py that cannot work, before anything is loaded or written."""
     given = {name: value for name, value in vars(args).items() if value not in (None, "paper")}
     least = dict(steps=1, prompts=1, samples=2, max_tokens=1, warmup=1, rows=1, context=2, tensor_parallel=1)
-    for name, low in (least | dict(micro_tokens=1, rank=1)).items():
+    for name, low in (least | dict(micro_tokens=1, rank=1, keep_every=1)).items():
         if given.get(name, low) < low:
             sys.exit(f"{flag(name)} wants at least {low}, got {given[name]}")
     for name in ("temperature", "lr", "lr_absolute", "clip"):
-        if not given.get(name, 1) > 0:
-            sys.exit(f"{flag(name)} wants a number above 0, got {given[name]}")
+        if not 0 < given.get(name, 1) < 1e30:  # the numbers of the model are float32
+            sys.exit(f"{flag(name)} wants a number above 0 and below 1e30, got {given[name]}")
+    if not 0 <= args.seed < 2**63:
+        sys.exit(f"--seed wants a whole number from 0 to 2^63 - 1, got {args.seed}")
     for name in {"lora": ("orthogonal_to",), "full": ("site", "where", "orthogonal_to", "init")}.get(args.method, ()):
         if getattr(args, name) != getattr(type(args), name):
             sys.exit(f"{flag(name)} goes with --method vector, not with {args.method}")
@@ -201,11 +203,12 @@ def check_folder(folder: Path, settings: dict, resume: bool) -> None:
         sys.exit(f"--resume: no run to go on with in {folder}; {ways}")
     # these change no number that was already computed
     free = ["steps", "eval_problems", "held_out", "device", "sampler", "vllm_memory", "tensor_parallel", "rows"]
-    free += ["micro_tokens", "out", "resume"]
+    free += ["micro_tokens", "keep_every", "out", "resume"]
     saved = config_of(folder)
     for name, value in json.loads(json.dumps(settings)).items():  # as the file has them: lists, not tuples
         if name not in free and saved.get(name) != value:
-            sys.exit(f"--resume: the run in {folder} has {name} = {saved.get(name)!r}, now it is {value!r}")
+            had, ways = saved.get(name), f"give {flag(name)} as it was"
+            sys.exit(f"--resume: the run in {folder} has {name} = {had!r}, now it is {value!r}; {ways}")
 
 
 def begin(folder: Path, settings: dict, steps: int) -> None:

@@ -10,9 +10,14 @@ from conftest import ROOT
 
 import evaluate
 import model
+import train
+from data import compare
 from data import problems as problem_files
 from data.problems import PAPERS, problems_of
 from evaluate import Estimate
+
+SIZE = model.load_config("tiny")
+ALL = problems_of(ROOT / "data/tiny/train.jsonl").rows
 
 
 def make_run(folder, size=1.0):
@@ -123,6 +128,74 @@ def test_answers_added_to_kept_ones_are_those_of_one_call(run):
     assert whole["prompt_ids"] == asked and [len(c) for c in whole["completion_ids"][0]] == whole["lengths"][0]
 
 
+def test_a_mended_grader_grades_kept_answers_again_and_samples_none(run, monkeypatch):
+    """Three kept rows, of which the first two are asked for: only they get new grades, all keep their texts."""
+    subject = evaluate.Subject("tiny", device="cpu", max_tokens=30)
+    problems = problems_of(ROOT / "data/tiny/test.jsonl").first(3)
+    before = evaluate.answers(subject, {}, problems, 2, 1.0, prefix="To")
+    monkeypatch.setattr(evaluate, "grader", lambda: "another")
+    monkeypatch.setattr(evaluate, "grade", lambda texts, golds: [f"{gold}: {text}" for text, gold in zip(texts, golds)])
+    monkeypatch.setattr(evaluate.Subject, "rollouts", None)  # nothing may be sampled
+    after = evaluate.answers(subject, {}, problems.first(2), 2, 1.0, prefix="To")
+    expected = [
+        [f"{row['answer']}: {text}" for text in texts] for row, texts in zip(problems.rows[:2], before["completions"])
+    ]
+    assert after["correct"] == expected and after["completions"] == before["completions"][:2]
+    ((_, found),) = stored()
+    assert found["correct"] == expected + before["correct"][2:]
+    assert found["grader"] == ["another"] * 2 + before["grader"][2:] and before["grader"][2] != "another"
+    monkeypatch.setattr(evaluate, "grade", None)  # once is enough
+    assert evaluate.answers(subject, {}, problems.first(2), 2, 1.0, prefix="To") == after
+
+
+def test_small_benchmarks_have_a_mean_and_checkpoints_are_chosen_fairly(tmp_path, capsys):
+    """
+    Three planted checkpoints: step 2 is best on the test problems, step 4 on training problems that no step drew.
+
+    The counts are made again from the answers; the unseen problems from the order in which training draws them.
+    """
+    run = tmp_path / "run"
+    settings = dict(steps=4, prompts=2, samples=2, reward="random", keep_every=2, eval_problems=0, max_tokens=40)
+    train.main(train.Config(out=str(run), device="cpu", **settings))
+    kept = {
+        step: model.load_vectors(run / "checkpoints" / f"0000{step}" / "vectors.safetensors", SIZE) for step in (2, 4)
+    }
+    assert [int(meta["step"]) for _, meta in kept.values()] == [2, 4]
+    assert not torch.equal(kept[2][0][27], kept[4][0][27])
+    last, _ = model.load_vectors(run / "vectors.safetensors", SIZE)
+    assert torch.equal(kept[4][0][27], last[27])
+    chains = ("tiny/chain2", "tiny/chain4")
+    args = config(run, checkpoints=True, benchmarks=chains, temperatures=(1.0,), seeds=(0, 1), problems=6)
+    found = evaluate.main(args)
+    subject = evaluate.Subject.of_run(evaluate.config_of(run), args, folder=tmp_path / "answers")
+    for step, (vectors, _) in kept.items():
+        right = []
+        for name in chains:
+            problems = problems_of(ROOT / f"data/{name}.jsonl").first(6)
+            seeds = [evaluate.answers(subject, vectors, problems, 1, 1.0, seed)["correct"] for seed in (0, 1)]
+            right.append(sum(sum(row) for rows in seeds for row in rows) / 12)
+        assert found["test"][step].value == pytest.approx(sum(right) / 2)
+    seen = {row["problem"] for step in range(4) for row in train.batch_of_problems(ALL, 2, step, 0)}
+    others = compare.unseen(evaluate.config_of(run), 4, subject)
+    assert len(seen) == 8 and len(others.rows) == 400 and not seen & {row["problem"] for row in others.rows}
+    assert set(found["validation"]) == {2, 4} and found["rules"]["last"] == 4
+    assert "| step |" in (run / "checkpoints.md").read_text() and "The choice adds" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="no checkpoints in .*--keep-every N"):
+        evaluate.main(config(make_run(tmp_path / "other"), checkpoints=True))
+
+
+def test_rules_of_choice_by_hand():
+    """(steps: right of four) test 2: 3/4, 4: 2/4; unseen 2: 1/4, 4: 3/4. The optimistic choice adds 1/4."""
+    rows = {1: [[1], [0], [0], [0]], 2: [[1], [1], [0], [0]], 3: [[1], [1], [1], [0]]}
+    test, validation = (
+        {2: Estimate.of(rows[3]), 4: Estimate.of(rows[2])},
+        {2: Estimate.of(rows[1]), 4: Estimate.of(rows[3])},
+    )
+    rules = compare.chosen(test, validation)
+    assert rules == {"last": 4, "best on unseen training problems": 4, "best on the test problems": 2}
+    assert compare.chosen(test, {}) == {"last": 4, "best on the test problems": 2}
+
+
 def test_summary_difference_and_average_by_hand():
     def result(correct, tokens=10):
         """Of these tokens all are in the first answer, which is cut off, and sampling took 2 seconds."""
@@ -135,7 +208,7 @@ def test_summary_difference_and_average_by_hand():
     got = evaluate.summary([result([[1, 1], [0, 1]]), result([[0, 1], [0, 0]], 30)])
     assert (got["accuracy"].value, got["problems"], got["samples"]) == (0.5, 2, 4)
     assert (got["accuracy"].draws == Estimate.of([[1, 1, 0, 1], [0, 1, 0, 0]]).draws).all()
-    assert got["sd_over_seeds"] == pytest.approx(math.sqrt(0.125))
+    assert got["sd_over_seeds"] == pytest.approx(0.25)  # divisor 2, the number of seeds
     assert (got["truncated"], got["tokens_mean"], got["tokens_per_second"]) == (2 / 8, 5.0, 10.0)
     assert got["accuracy"].interval == (0.25, 0.75)  # both the worse one, one of each, both the better one
 
@@ -205,6 +278,14 @@ def test_all_benchmarks_and_their_samples(run, monkeypatch, capsys, tmp_path):
     found = evaluate.main(config(run, benchmarks=("gsm8k_test",), temperatures=(1.0,), max_tokens=2))
     assert found["gsm8k_test", 1.0]["steered"]["samples"] == 24 and ("Avg", 1.0) not in found
     assert " mean@8 " in (run / "eval.md").read_text()
+    for trained_on, samples in [
+        (None, 1),
+        ("data/math.jsonl", 8),
+        ("data/gsm8k.jsonl", 8),
+        ("data/deepscaler.jsonl", 1),
+    ]:
+        sets = problem_files.benchmarks(("math500", "gsm8k_test", "aime24"), trained_on)
+        assert [problems.samples for problems in sets] == [samples, 8, 32]  # B measures MATH500 eight times, P4 once
 
 
 def test_own_data_and_table(run, tmp_path, capsys):

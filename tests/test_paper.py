@@ -9,7 +9,7 @@ from conftest import ROOT
 
 FILE = ROOT / "data" / "paper.json"
 PAPER = json.loads(FILE.read_text(encoding="utf-8"))
-TABLES = {key: table for key, table in PAPER.items() if key not in ("lr", "recipes")}
+TABLES = {key: table for key, table in PAPER.items() if key not in ("lr", "recipes", "recipes_gsm8k_math")}
 QWEN, LLAMA = "Qwen/Qwen2.5-Math-7B", "meta-llama/Llama-3.1-8B-Instruct"
 LAYERS = {QWEN: 28, LLAMA: 32}
 SCORES = ["P4.table2", "P4.table3", "P4.table4", "P4.table5", "B.table1"]  # six benchmarks and Avg
@@ -265,9 +265,13 @@ def test_learning_rates():
 
 def test_recipes():
     recipes = PAPER["recipes"]
-    assert len(recipes) == 6 and recipes[QWEN]["lr_all_layers"] == 1e-3 and recipes[LLAMA]["lr_all_layers"] == 8e-5
+    assert len(recipes) == 9 and recipes[QWEN]["lr_all_layers"] == 1e-3 and recipes[LLAMA]["lr_all_layers"] == 8e-5
     for model, r in recipes.items():
         assert (r["prompts"], r["steps"], r["warmup_share"], r["clip_norm"]) == (128, 314, 0.03, 2.0)
         assert r["context"] == (4096 if "Math" in model else 8192) and r["samples"] in (16, 64)
         assert r["template"] == ("r1" if model == "meta-llama/Llama-3.1-8B" else "qwen_math")
+    smaller = PAPER["recipes_gsm8k_math"]
+    assert set(smaller["epochs"]) == {r["model"] for r in PAPER["B.table6"]["rows"]}
+    assert (smaller["context"], smaller["samples_at_test"]) == (1024, 8)
+    assert sorted(smaller["epochs"].values()) == [2, 3, 3, 3]
     assert math.prod(recipes[QWEN][k] for k in ("prompts", "samples", "steps")) == 643_072  # rollouts of one run
