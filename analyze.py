@@ -33,16 +33,15 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 import tyro
-from torch import nn
 from torch.nn.functional import normalize
 from tqdm import tqdm
 
 import model
 from data.estimate import Estimate, markdown
 from data.figures import draw, piece, quoted, spread
-from data.problems import SAMPLES, Problems, benchmarks, problems_of, prompt_ids, segments
-from data.runs import checksum, config_of, keep, kept, label_of, lines_of, write
-from evaluate import Subject, answers, identity, vectors_of
+from data.problems import Problems, benchmarks, problems_of, prompt_ids, segments
+from data.runs import checksum, config_of, identity, keep, kept, label_of, lines_of, write
+from evaluate import Subject, answers, grader, vectors_of
 from rewards import grade
 
 
@@ -51,12 +50,15 @@ from rewards import grade
 class Config:
     name: tyro.conf.Positional[str]        # the analysis
     runs: tyro.conf.Positional[tuple[str, ...]] = ()  # run folders of train.py; report: their folder, out
-    n: int | None = None                   # problems, the first of each file; default 100, of case 4
+    n: int | None = None                   # problems, the first of a file; default 100, of case 4; all of benchmarks
     benchmarks: tuple[str, ...] = ()       # accuracies: mean over these data/NAME.jsonl, or all: the papers' six
+    seeds: tuple[int, ...] = ()            # of accuracies; default --seed alone, with --benchmarks 0 1 2 as evaluate.py
     data: str | None = None                # jsonl of {problem, answer} instead; default the run's held-out problems
     samples: int | None = None             # answers to each problem at T > 0; default 32 (AIME, AMC), 8 (GSM8K) or 1
     temperature: float = 1.0               # of answers and accuracies; sweep and prefix measure T = 1 and greedy
-    seed: int = 0                          # of the sampler and of random vectors
+    seed: int = 0                          # of the answers that are read, and of random vectors
+    template: Literal["native", "qwen-math", "r1"] | None = None  # of the prompt; default: as in the run
+    system: str | None = None              # system message; default: as in the run
     context: int | None = None             # tokens of prompt and answer; default the model's own, at most 32768
     max_tokens: int | None = None          # longest answer in tokens; default as in the run
     token: str | None = None               # prefix: the first token; default the one that shift finds at position 0
@@ -85,20 +87,21 @@ FREE = "runs out device rows sampler vllm_memory tensor_parallel data benchmarks
 class Analysis(NamedTuple):
     compute: Callable  # of a Lab, returns a finding
     papers: str  # where the papers have it
-    least: int  # runs
-    most: int | None
-    takes: tuple[str, ...]  # other runs than those of vectors: "lora", "full"
-    n: int | None  # problems by default; None where none is involved
+    least: int = 1  # runs
+    most: int | None = None
+    takes: tuple[str, ...] = ()  # other runs than those of vectors: "lora", "full"
+    n: int | None = 100  # problems by default; None where none is involved
+    accuracies: bool = False  # measures them: over all the benchmarks' problems, with several seeds
 
 
 ANALYSES: dict[str, Analysis] = {}  # in the order of this file, which is that of --help and of the report
 
 
-def analysis(papers: str, least=1, most: int | None = None, takes=(), n: int | None = 100):
-    """Register the function below; the first line of its docstring is its --help. least, most: runs that it wants."""
+def analysis(papers: str, **wants):
+    """Register the function below; the first line of its docstring is its --help. wants: see Analysis."""
 
     def register(compute):
-        ANALYSES[compute.__name__] = Analysis(compute, papers, least, most, takes, n)
+        ANALYSES[compute.__name__] = Analysis(compute, papers, **wants)
         return compute
 
     return register
@@ -114,10 +117,7 @@ class Run(NamedTuple):
     config: dict  # its config.json
     vectors: dict  # {place: fp32 tensor}; none of a run of all weights
     label: str  # "27", "all": the layers, and what else the config says about the vectors
-
-    @property
-    def full(self) -> bool:
-        return self.config.get("method") == "full"
+    full = property(lambda run: run.config.get("method") == "full")
 
 
 @dataclass
@@ -130,37 +130,58 @@ class Lab:
     sets: list[Problems]
     recipients: list[Subject] = field(default_factory=list)  # of transfer
 
-    @property
-    def llm(self):
-        return self.subject.llm
+    llm = property(lambda lab: lab.subject.llm)
+    tokenizer = property(lambda lab: lab.subject.tokenizer)
+    depth = property(lambda lab: lab.subject.depth)
 
     @property
-    def tokenizer(self):
-        return self.subject.tokenizer
+    def seeds(self) -> tuple[int, ...]:
+        """Those of the accuracies, as evaluate.py has them."""
+        return self.args.seeds or ((0, 1, 2) if self.args.benchmarks else (self.args.seed,))
 
     @property
-    def depth(self) -> int:
-        return self.subject.depth
+    def texts(self) -> Problems:
+        """The problems whose answers are read: of many benchmarks the first, and no more than without benchmarks."""
+        return self.sets[0].first(self.args.n or ANALYSES[self.args.name].n)
+
+    @property
+    def about(self) -> str:
+        """The model, the problems and the seeds, for the caption."""
+        seeds = self.seeds if ANALYSES[self.args.name].accuracies else (self.args.seed,)
+        files = ", ".join(f"{problems.name} (n = {len(problems.rows)})" for problems in self.sets)
+        mean = "mean of " * (len(self.sets) > 1)
+        return f"{self.subject.name}; {mean}{files}; seed {', '.join(map(str, seeds))}" if files else self.subject.name
 
     @property
     def key(self) -> dict:
         """What every number depends on, from files alone."""
         settings = {name: value for name, value in asdict(self.args).items() if name not in FREE}
         return settings | {
+            "seeds": self.seeds,
+            "grader": grader(),
             "subjects": [subject.key for subject in self.recipients or [self.subject]],
             "runs": [[str(run.folder), stamp(run)] for run in self.runs],
             "problems": [[problems.name, problems.checksum, len(problems.rows)] for problems in self.sets],
         }
 
-    def accuracy(self, vectors: dict, label: str, temperature=None, prefix="", subject=None) -> Estimate:
-        """Share of right answers with these vectors, {} for the base model; of several sets of problems the mean."""
-        T, parts = self.args.temperature if temperature is None else temperature, []
+    def over_sets(self, right, temperature: float) -> Estimate:
+        """The mean over sets and seeds of right(problems, k, seed): grades, [problem][sample]. As evaluate.measure."""
+        parts = []
         for problems in self.sets:
-            k = self.args.samples or SAMPLES.get(problems.name, 1)
-            bar = f"{label}, {problems.name}, T = {T:g}"
-            found = answers(subject or self.subject, vectors, problems, k, T, self.args.seed, prefix, bar=bar)
-            parts.append(Estimate.of(found["correct"]))
+            k = (self.args.samples or problems.samples) if temperature else 1  # greedy: one answer says all
+            by_seed = [right(problems, k, seed) for seed in (self.seeds if temperature else (0,))]
+            parts.append(Estimate.of([sum(samples, []) for samples in zip(*by_seed)]))
         return parts[0] if len(parts) == 1 else Estimate.mean(parts)
+
+    def accuracy(self, vectors: dict, label: str, temperature=None, prefix="", subject=None) -> Estimate:
+        """Share of right answers with these vectors, {} for the base model; evaluate.py keeps and shares them."""
+        T = self.args.temperature if temperature is None else temperature
+
+        def right(problems, k, seed):
+            bar = f"{label}, {problems.name}, T = {T:g}, seed {seed}"
+            return answers(subject or self.subject, vectors, problems, k, T, seed, prefix, bar=bar)["correct"]
+
+        return self.over_sets(right, T)
 
     def compare(self, conditions: dict, temperature: float | None = None) -> dict[str, Estimate]:
         """Accuracies under several conditions. {name: vectors}"""
@@ -168,14 +189,14 @@ class Lab:
         return {name: self.accuracy(vectors, name, temperature) for name, vectors in bar}
 
     def answered(self, vectors: dict, label: str) -> tuple[list, list, list]:
-        """(prompts, completions, ended): an answer of the steered model to every problem of the first set, as ids."""
+        """(prompts, completions, ended): an answer of the steered model to every problem of `texts`, as ids."""
         T, seed = self.args.temperature, self.args.seed
-        found = answers(self.subject, vectors, self.sets[0], 1, T, seed, ids=True, bar=f"answers, {label}")
+        found = answers(self.subject, vectors, self.texts, 1, T, seed, ids=True, bar=f"answers, {label}")
         return found["prompt_ids"], [c for (c,) in found["completion_ids"]], [e for (e,) in found["ended"]]
 
     def once(self, what: str, vectors: dict, compute):
         """compute(), or what it gave when it was last asked for the same: an interrupted command goes on."""
-        no_matter = ("name", "token", "controls", "sample_heads", "top")  # two analyses share what both need
+        no_matter = ("name", "token", "controls", "sample_heads", "top", "seeds", "grader")  # shared by analyses
         key = {name: x for name, x in self.key.items() if name not in no_matter}
         key |= {"runs": identity(vectors), "what": what}
         path = self.subject.folder / f"{what.split()[0]}-{checksum(json.dumps(key).encode())}.json"
@@ -185,9 +206,7 @@ class Lab:
 
 def stamp(run: Run) -> str:
     """A checksum of what a run trained; it changes when training goes on."""
-    if run.full:
-        return Subject(str(run.folder / "weights")).key["weights"]
-    return identity(run.vectors)
+    return Subject(str(run.folder / "weights")).key["weights"] if run.full else identity(run.vectors)
 
 
 def open_runs(args: Config) -> list[Run]:
@@ -197,14 +216,12 @@ def open_runs(args: Config) -> list[Run]:
         config = config_of(folder)
         vectors, _ = vectors_of(folder, config)
         vectors = dict(sorted(vectors.items(), key=lambda item: model.split(item[0])))
-        runs.append(Run(Path(folder), config, vectors, label_of(config)))
-    for run in runs:
-        if run.full and "full" not in wanted.takes:
-            takers = ", ".join(name for name, other in ANALYSES.items() if "full" in other.takes)
-            sys.exit(f"{run.folder} has all weights and no vectors; {takers} can take it")
-        if any(model.split(place).matrix for place in run.vectors) and "lora" not in wanted.takes:
-            takers = ", ".join(name for name, other in ANALYSES.items() if "lora" in other.takes)
-            sys.exit(f"{args.name} wants vectors; {run.folder} has a LoRA: {takers} can take one")
+        runs.append(run := Run(Path(folder), config, vectors, label_of(config)))
+        lora = any(model.split(place).matrix for place in run.vectors)
+        kind, what = ("full", "all weights and no vectors") if run.full else ("lora", "a LoRA")
+        if (run.full or lora) and kind not in wanted.takes:
+            takers = ", ".join(name for name, other in ANALYSES.items() if kind in other.takes)
+            sys.exit(f"{args.name} wants vectors; {run.folder} has {what}: {takers} can take it")
     for key in ("model", "template", "system") if args.name not in ("transfer", "cost") else ():
         if len(values := {str(run.config.get(key)) for run in runs}) > 1:
             sys.exit(f"{args.name} compares runs with the same {key}; these have {', '.join(sorted(values))}")
@@ -213,27 +230,24 @@ def open_runs(args: Config) -> list[Run]:
 
 def open_lab(args: Config) -> Lab:
     runs = open_runs(args)
-    first, n = runs[0].config, args.n or ANALYSES[args.name].n
-    file = args.data or first.get("held_out")
-    if n is not None and not args.benchmarks and file is None:
-        sys.exit("the run was trained on --data without --held-out: say which problems to use with --data FILE")
-    sets = [] if n is None else benchmarks(args.benchmarks) if args.benchmarks else [problems_of(file)]
+    first, wanted = runs[0].config, ANALYSES[args.name]
+    file, sets = args.data or first.get("held_out"), []
+    if wanted.n is not None:
+        if not args.benchmarks and file is None:
+            sys.exit("the run was trained on --data without --held-out: say which problems to use with --data FILE")
+        sets = benchmarks(args.benchmarks, first.get("data")) if args.benchmarks else [problems_of(file)]
+    n = args.n or (None if args.benchmarks and wanted.accuracies else wanted.n)
     room = {}  # at every place the largest tensor: the LoRA of the highest rank says how much room the engine needs
     for place, s in (item for run in runs for item in run.vectors.items()):
         room[place] = max(s, room.get(place, s), key=torch.numel)
-    folder = Path(args.runs[0]).parent / "answers"
-    recipients = []
-    for name in args.recipients:
-        like = next((run.config for run in runs if run.config["model"] == name), first)
-        recipients.append(Subject.of_run(like, args, name=name, holds=room, folder=folder))
-    subject = Subject.of_run(first, args, holds=room, folder=folder)
+    how = {"holds": room, "folder": Path(args.runs[0]).parent / "answers"}
+    like = {run.config["model"]: run.config for run in reversed(runs)}
+    recipients = [Subject.of_run(like.get(name, first), args, name=name, **how) for name in args.recipients]
+    subject = Subject.of_run(first, args, **how)
     if args.sample_heads or args.name in ("transfer", "attention"):
         if args.sampler == "vllm":
             sys.exit(f"--sampler vllm: {args.name} samples with the Hugging Face model here; leave --sampler out")
-        for one in (
-            subject,
-            *recipients,
-        ):  # vLLM knows nothing of hooks, and several engines or models leave it no room
+        for one in (subject, *recipients):  # vLLM knows no hooks, and several engines or models leave it no room
             one.sampler = "hf"
     return Lab(args, subject, runs, [problems.first(n) for problems in sets], recipients)
 
@@ -242,13 +256,12 @@ def layer_vectors(lab: Lab, runs: list[Run] | None = None) -> dict[int, Run]:
     """{layer: run} of runs with one vector each, at the end of a layer; exits if one is not like that."""
     found = {}
     for run in lab.runs if runs is None else runs:
-        if len(run.vectors) != 1 or not isinstance(next(iter(run.vectors)), int):
+        layer, *others = run.vectors or (None,)
+        if others or not isinstance(layer, int):
             places = ", ".join(map(str, run.vectors))
             sys.exit(f"{lab.args.name} wants runs with one vector at the end of a layer; {run.folder} has {places}")
-        layer = next(iter(run.vectors))
-        if layer in found:
-            both = f"{found[layer].folder} and {run.folder} both have {layer}"
-            sys.exit(f"{lab.args.name} wants one run for a layer; {both}")
+        if other := found.get(layer):
+            sys.exit(f"{lab.args.name} wants one run for a layer; {other.folder} and {run.folder} both have {layer}")
         found[layer] = run
     return dict(sorted(found.items()))
 
@@ -276,8 +289,8 @@ def moved(vectors: dict, depth: int) -> dict:
 
     def away(place):
         layer = model.split(place).layer
-        there, rest = (layer + depth // 2) % depth, str(place).removeprefix(str(layer))
-        return f"{there}{rest}" if rest else there
+        there = str(place).replace(str(layer), str((layer + depth // 2) % depth), 1)
+        return int(there) if there.isdigit() else there
 
     return {away(place): s for place, s in vectors.items()}
 
@@ -296,6 +309,37 @@ def states(llm, way, prompts: list[list[int]], completions: list[list[int]]) -> 
     return h[before]
 
 
+@torch.no_grad()
+def log_probs(llm, *several: torch.Tensor, chunk=512) -> Iterator[tuple[torch.Tensor, ...]]:
+    """log p of the next tokens, (n, V) for each of several (N, D) states, n <= chunk: (N, V) never exists."""
+    for part in zip(*(h.split(chunk) for h in several)):
+        yield tuple(model.logits(llm, h, exact=True).log_softmax(-1) for h in part)
+
+
+def other_dtype(llm):
+    """A copy in another dtype, to measure rounding with: bf16 for an fp32 model, fp32 else."""
+    other = copy.deepcopy(llm)
+    for p in other.parameters():  # not llm.to: that rounds the rotary frequencies, too
+        p.data = p.data.to(torch.bfloat16 if llm.dtype == torch.float32 else torch.float32)
+    return other
+
+
+def floor(llm, prompts, completions, texts=32) -> dict[str, float]:
+    """
+    What rounding alone does: the base model in another dtype against itself, over the tokens of the first texts.
+
+    {"delta_p": mean of the largest increase, "kl": mean KL in nats, "tokens"}. Products with the head are fp32 in both.
+    """
+    parts, device = list(batches_of(prompts[:texts], completions[:texts])), llm.device
+    own = torch.cat([states(llm, ExitStack, *part[1:]) for part in parts])
+    other = other_dtype(llm.cpu()).to(device)  # one after the other: beside an engine a GPU has no room for both
+    rounded = torch.cat([states(other, ExitStack, *part[1:]) for part in parts])
+    del other
+    llm.to(device)
+    delta = torch.cat([(q.exp() - p.exp()).amax(-1) for p, q in log_probs(llm, own, rounded)])
+    return {"delta_p": delta.mean().item(), "kl": kl(llm, own, rounded).mean().item(), "tokens": len(own)}
+
+
 def batches_of(prompts, completions, tokens=4096, desc=None) -> Iterator[tuple[list[int], list, list]]:
     """(numbers of the rows, their prompts, their completions), so many tokens at a time."""
     lengths = [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]
@@ -310,8 +354,7 @@ def read_out(s: torch.Tensor, U: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
     """
     The logit lens of a vector: <s, u_v> and <s, u_v> / (|s| |u_v|) for every token v (B Sec. 4.2; P4 Sec. 5, App. G).
 
-    s: (D,); U: (V, D), rows of the unembedding. Returns (dot products, cosines), both (V,). No final norm, as the
-    papers.
+    s: (D,); U: (V, D), rows of the unembedding. Returns (dot products, cosines), both (V,). Without the final norm.
     """
     dot = U.float() @ s.float()
     return dot, dot / (s.float().norm() * U.float().norm(dim=-1)).clamp(min=1e-12)
@@ -337,8 +380,7 @@ def lens(lab: Lab) -> dict:
         for place, s in run.vectors.items():
             if model.split(place).site not in (*model.SITES, *model.ON_THE_STREAM):
                 sys.exit(f"lens wants vectors as wide as the residual stream; {run.folder} has one at {place}")
-            label = run.label if len(run.vectors) == 1 else f"{run.label}: {place}"
-            label = label if len(lab.runs) > 1 else str(place)
+            label = run.label + f": {place}" * (len(run.vectors) > 1) if len(lab.runs) > 1 else str(place)
             (dot, cosine), (gained_dot, gained_cosine) = (read_out(s.to(U.device), rows) for rows in (U, gained))
             found[label] = {"chance dot": chance_dot * s.norm().item()}
             for kind, by, d, c in (
@@ -350,9 +392,8 @@ def lens(lab: Lab) -> dict:
             ):
                 listed = [[piece(lab.tokenizer, i), d[i].item(), c[i].item()] for i in by.topk(top).indices.tolist()]
                 found[label][kind] = listed  # [token, dot product, cosine]
-                rows += [
-                    [label, kind, str(i + 1), quoted(t), f"{x:.3g}", f"{y:.2f}"] for i, (t, x, y) in enumerate(listed)
-                ]
+                for i, (token, x, y) in enumerate(listed, 1):
+                    rows.append([label, kind, str(i), quoted(token), f"{x:.3g}", f"{y:.2f}"])
     best = max(found, key=lambda label: found[label]["cosine"][0][2])
     (by_cosine, _, cosine), (by_dot, dot, _) = found[best]["cosine"][0], found[best]["dot"][0]
     down, lowest, _ = found[best]["lowest dot"][0]
@@ -366,29 +407,28 @@ def lens(lab: Lab) -> dict:
     return finding(reading, head, rows, chance=chance, vectors=found)
 
 
-# --------------------------------------------------------------------------------------------------------------- shift
+# ------------------------------------------------------------------------------------- next tokens: shift, prefix, case
 
 
 @torch.no_grad()
-def next_tokens(llm, vectors: dict, prompts, completions, chunk: int = 512) -> Iterator[tuple]:
+def next_tokens(llm, ways: list[dict], prompts, completions, chunk: int = 512) -> Iterator[tuple]:
     """
-    p(x) and p(x; s) at every completion position of given rollouts (P4 Sec. 5), teacher-forced at T = 1, in chunks.
+    p(x; s) at every completion position of given rollouts for several sets of vectors s, {} for the base (P4 Sec. 5).
 
-    Yields (base, steered, row, position): probabilities (n, V) fp32; (n,) number of the rollout; (n,) position in the
-    answer, 0 is predicted by the last token of the prompt. (B, T, V) never exists.
+    Teacher-forced, T = 1. Yields (probabilities, row, position): for each set (n, V) fp32, n <= chunk; (n,) number of
+    the rollout; (n,) position in the answer, 0 is predicted by the last token of the prompt.
     """
     for batch, *texts in batches_of(prompts, completions, desc="probabilities"):
-        base, steered = (states(llm, partial(model.steer, llm, given), *texts) for given in ({}, vectors))
+        several = [states(llm, partial(model.steer, llm, given), *texts) for given in ways]
         at = torch.tensor([(i, t) for i in batch for t in range(len(completions[i]))])
-        for part in torch.arange(len(at)).split(chunk):
-            p, p_s = (model.logits(llm, h[part]).softmax(-1) for h in (base, steered))
-            yield p, p_s, at[part, 0], at[part, 1]
+        for logps, part in zip(log_probs(llm, *several, chunk=chunk), at.split(chunk)):
+            yield [logp.exp() for logp in logps], part[:, 0], part[:, 1]
 
 
 def largest_shifts(llm, vectors: dict, prompts, completions) -> list[tuple[int, int, int, float]]:
     """At every position of the answers the token that gains most: [(rollout, position, token, p(x; s) - p(x))]."""
     found = []
-    for base, steered, row, position in next_tokens(llm, vectors, prompts, completions):
+    for (base, steered), row, position in next_tokens(llm, [{}, vectors], prompts, completions):
         most = (steered - base).max(-1)
         found += zip(row.tolist(), position.tolist(), most.indices.tolist(), most.values.tolist())
     return found
@@ -398,16 +438,22 @@ def shifts_of(lab: Lab, run: Run) -> tuple[list, int, list]:
     """(largest_shifts of the answers that ended, their number, [(token that gains most at position 0, how often)])."""
     rolled = [(p, c) for p, c, ended in zip(*lab.answered(run.vectors, "steered")) if ended]
     if not rolled:
-        sys.exit(f"{run.folder}: none of {len(lab.sets[0].rows)} answers ended by itself; raise --max-tokens or --n")
+        sys.exit(f"{run.folder}: none of {len(lab.texts.rows)} answers ended by itself; raise --max-tokens or --n")
     found = lab.once("shifts", run.vectors, lambda: largest_shifts(lab.llm, run.vectors, *zip(*rolled)))
     return found, len(rolled), Counter(token for _, position, token, _ in found if position == 0).most_common()
 
 
 @analysis("P4 Fig. 4 left, 13", most=1, takes=("lora",))
 def shift(lab: Lab, tokens: int = 5, positions: int = 60) -> dict:
-    """Which probabilities does it raise, and where? A position counts for one token, as in the authors' code."""
+    """
+    Which probabilities does it raise, and where? A position counts for one token, as in the authors' code.
+
+    The papers' 1,000 prompts: `analyze.py shift RUN --data data/deepscaler.jsonl --n 1000` (P4 Fig. 4), and
+    `--data data/open-s1.jsonl --n 1000` (Fig. 13). The files are made by data/prepare.py; theirs were drawn at random.
+    """
     (run,) = lab.runs
     largest, answers_read, [(first, times), *_] = shifts_of(lab, run)
+    rounding = lab.once("floor", run.vectors, lambda: floor(lab.llm, *lab.answered(run.vectors, "steered")[:2]))
     grouped, by_position, later = {}, {}, {}
     for row, position, token, delta in largest:
         grouped.setdefault(token, []).append(delta)
@@ -421,17 +467,16 @@ def shift(lab: Lab, tokens: int = 5, positions: int = 60) -> dict:
     curve = {t: Estimate.of(by_position[t]) for t in sorted(by_position)[:positions]}
     after = Estimate.of(list(later.values())) if later else None
     reading = f"On the first token of {answers_read} answers the largest increase is {curve[0].plain()}, for "
-    reading += f"{quoted(boxes[-1]['token'])} in {times}" + (f"; later it is {after.plain()}." if after else ".")
+    reading += f"{quoted(boxes[-1]['token'])} in {times}" + (f"; later it is {after.plain()}" if after else "")
+    reading += f". Rounding alone (another dtype) makes {rounding['delta_p']:.2g}."
     table = [[quoted(b["token"]), b["where"], str(b["count"]), f"{b['med']:.3f}", f"{b['max']:.3f}"] for b in boxes]
     points = [e.json() | {"position": t, "n": len(by_position[t])} for t, e in curve.items()]
     head = ["token", "where", "positions", "median increase", "largest"]
-    return finding(reading, head, table, answers=answers_read, boxes=boxes, later=after, by_position=points)
+    numbers = {"answers": answers_read, "boxes": boxes, "later": after, "by_position": points, "floor": rounding}
+    return finding(reading, head, table, **numbers)
 
 
-# ------------------------------------------------------------------------------------------------------------- prefix
-
-
-@analysis("P4 Fig. 4 right", most=1)
+@analysis("P4 Fig. 4 right", most=1, accuracies=True)
 def prefix(lab: Lab) -> dict:
     """How much of the vector is its first token?"""
     (run,) = lab.runs
@@ -455,41 +500,54 @@ def prefix(lab: Lab) -> dict:
     return finding(reading, head, table, token=token, conditions=list(conditions), by_decoding=found)
 
 
-# --------------------------------------------------------------------------------------------------------------- case
+def after_attention(lab: Lab, run: Run) -> dict[str, dict]:
+    """P4 Fig. 6's form: s of layer l after the attention of the next block, or of the last; {} for other runs."""
+    if list(map(type, run.vectors)) != [int] or lab.llm.config.model_type not in model.SITES_OF:
+        return {}
+    ((layer, s),) = run.vectors.items()
+    block = min(layer + 1, lab.depth - 1)
+    return {f"After the attention of layer {block}": {f"{block}.attention": s}}
 
 
 @analysis("P4 Fig. 6", most=1, takes=("lora",), n=4)
 def case(lab: Lab) -> dict:
-    """What does it change in an answer, token by token? Delta p of the token that stands there."""
+    """What does it change in an answer, token by token? Delta p of the token that stands there, in two forms."""
     (run,) = lab.runs
     prompts, completions, _ = lab.answered(run.vectors, "steered")
+    forms = {"At its own place": run.vectors} | after_attention(lab, run)
 
     def listed(probabilities):
         top = probabilities.topk(min(5, len(probabilities)))
         return [[piece(lab.tokenizer, i), p] for i, p in zip(top.indices.tolist(), top.values.tolist())]
 
-    shown = [{"problem": row["problem"], "answer": row["answer"], "tokens": []} for row in lab.sets[0].rows]
-    for base, steered, row, position in next_tokens(lab.llm, run.vectors, prompts, completions):
-        for b, s, i, t in zip(base, steered, row.tolist(), position.tolist()):
+    shown = [{"problem": row["problem"], "answer": row["answer"], "tokens": []} for row in lab.texts.rows]
+    for several, row, position in next_tokens(lab.llm, [{}, *forms.values()], prompts, completions):
+        for (b, *steered), i, t in zip(zip(*several), row.tolist(), position.tolist()):
             y = completions[i][t]
-            entry = {"text": piece(lab.tokenizer, y), "base": b[y].item(), "steered": s[y].item()}
-            entry |= {"top_base": listed(b), "top_steered": listed(s), "differs": (b.argmax() != s.argmax()).item()}
+            entry = {"text": piece(lab.tokenizer, y), "base": b[y].item(), "top_base": listed(b), "forms": {}}
+            for form, s in zip(forms, steered):
+                differs = (b.argmax() != s.argmax()).item()
+                entry["forms"][form] = {"steered": s[y].item(), "top_steered": listed(s), "differs": differs}
             shown[i]["tokens"].append(entry)
-    tokens = [t for text in shown for t in text["tokens"]]
-    order = sorted(tokens, key=lambda t: t["base"] - t["steered"])
-    up, changed = order[0], sum(t["differs"] for t in tokens)
-    reading = (
-        f"The vector changes the most likely token at {changed} of {len(tokens)} positions in {len(shown)} answers; it "
-        f"raises {quoted(up['text'])} most, from {up['base']:.2f} to {up['steered']:.2f}."
-    )
-    table = [[quoted(t["text"]), f"{t['base']:.3f}", f"{t['steered']:.3f}"] for t in order[:5] + order[-5:]]
-    return finding(reading, ["token", "p, base", "p, steered"], table, answers=shown)
+    tokens, said, table = [t for text in shown for t in text["tokens"]], [], []
+    for form in forms:
+        seen = [(quoted(t["text"]), t["base"], t["forms"][form]["steered"]) for t in tokens]
+        order = sorted(seen, key=lambda t: t[1] - t[2])
+        (most, before, after), changed = order[0], sum(t["forms"][form]["differs"] for t in tokens)
+        said.append(
+            f"{form} the vector changes the most likely token at {changed} of {len(tokens)} positions in {len(shown)} "
+            f"answers; it raises {most} most, from {before:.2f} to {after:.2f}."
+        )
+        table += [[form, token, f"{p:.3f}", f"{p_s:.3f}"] for token, p, p_s in order[:5] + order[-5:]]
+    said += ["P4 Fig. 6's form, after an attention, is for one vector at the end of a layer."] * (len(forms) == 1)
+    head = ["vector", "token", "p, base", "p, steered"]
+    return finding(" ".join(said), head, table, forms=list(forms), answers=shown)
 
 
 # ------------------------------------------------------------ accuracies: sweep, ablate, compose, sites, transfer
 
 
-@analysis("P4 Fig. 1, 9; Tables 2 to 5", takes=("full",))
+@analysis("P4 Fig. 1, 9; Tables 2 to 5", takes=("full",), accuracies=True)
 def sweep(lab: Lab) -> dict:
     """Which layer to steer? One run may have all layers, and one all weights: the papers' upper lines."""
     full = [run for run in lab.runs if run.full]
@@ -500,9 +558,8 @@ def sweep(lab: Lab) -> dict:
         sys.exit("sweep wants one or more runs with a vector at a single layer: train.py --layer 14, say")
     if full and lab.args.tensor_parallel > 1:
         sys.exit("--tensor-parallel wants 1 beside a run of all weights: they reach vLLM within one process only")
-    conditions = (
-        {"base": {}} | ({"all": whole.vectors} if whole else {}) | {str(l): run.vectors for l, run in runs.items()}
-    )
+    conditions = {"base": {}} | ({"all": whole.vectors} if whole else {})
+    conditions |= {str(layer): run.vectors for layer, run in runs.items()}
     if lab.args.controls:
         for layer, run in runs.items():
             conditions[f"random {layer}"] = {layer: random_like(run.vectors[layer], lab.args.seed, layer)}
@@ -524,7 +581,7 @@ def sweep(lab: Lab) -> dict:
     return finding("; ".join(said) + ".", head, table, layers=list(runs), depth=lab.depth, by_decoding=found)
 
 
-@analysis("ours", most=1)
+@analysis("ours", most=1, accuracies=True)
 def ablate(lab: Lab) -> dict:
     """Which vectors of a set matter? Leave one out, or keep only that one."""
     (run,) = lab.runs
@@ -537,10 +594,7 @@ def ablate(lab: Lab) -> dict:
         conditions[f"only {place}"] = {place: run.vectors[place]}
     found = lab.compare(conditions)
     loss = {place: found["all"] - found[f"without {place}"] for place in run.vectors}
-    most, best = (
-        max(loss, key=lambda place: loss[place].value),
-        max(run.vectors, key=lambda p: found[f"only {p}"].value),
-    )
+    most, best = max(loss, key=lambda p: loss[p].value), max(loss, key=lambda p: found[f"only {p}"].value)
     reading = (
         f"All vectors: {found['all'].text()} %, base {found['base'].text()} %. Most is lost without layer {most} "
         f"({loss[most].text('+')} points); alone, layer {best} is best ({found[f'only {best}'].text()} %)."
@@ -562,14 +616,12 @@ def pair_gain(pair: Estimate, one: Estimate, other: Estimate, whole: Estimate) -
     return {"share": pair.share(single, whole), "over_single": pair - single, "cross": pair.value >= 0.99 * whole.value}
 
 
-@analysis("P1 Fig. 5, Table 2", least=3)
+@analysis("P1 Fig. 5, Table 2", least=3, accuracies=True)
 def compose(lab: Lab) -> dict:
     """Do pairs of vectors add up? With --controls again with half of each: do their shifts add up to too much?"""
     runs, whole = singles_and_all(lab)
     if whole is None or len(runs) < 2:
-        sys.exit(
-            "compose wants two or more single-layer runs and the all-layer run (train.py --layer all) to compare with"
-        )
+        sys.exit("compose wants two or more single-layer runs and the all-layer run (train.py --layer all)")
     pairs = {f"{i}+{j}": (i, j) for i in runs for j in runs if i < j}
     conditions = {"all": whole.vectors, "base": {}} | {str(l): run.vectors for l, run in runs.items()}
     conditions |= {name: runs[i].vectors | runs[j].vectors for name, (i, j) in pairs.items()}
@@ -578,9 +630,8 @@ def compose(lab: Lab) -> dict:
         conditions[f"half of {name}"] = {place: s / 2 for place, s in conditions[name].items()}
     found, gains, said, table = lab.compare(conditions), {}, [], []
     for kind, words in kinds.items():
-        gain = {
-            n: pair_gain(found[kind + n], found[str(i)], found[str(j)], found["all"]) for n, (i, j) in pairs.items()
-        }
+        singles = {name: (found[str(i)], found[str(j)]) for name, (i, j) in pairs.items()}
+        gain = {name: pair_gain(found[kind + name], *singles[name], found["all"]) for name in pairs}
         best = max(pairs, key=lambda name: found[kind + name].value)  # noqa: B023, used at once
         over = [g["over_single"] for g in gain.values()]
         below, above = sum(o.interval[1] < 0 for o in over), sum(o.interval[0] > 0 for o in over)
@@ -601,8 +652,9 @@ def compose(lab: Lab) -> dict:
     return finding(reading, head, table, layers=list(runs), conditions=found, **both)
 
 
-def side_by_side(lab: Lab) -> dict:
-    """Accuracies of the base model and of each run."""
+@analysis("P4 Fig. 10, P1 Fig. 8", takes=("lora",), accuracies=True)
+def sites(lab: Lab) -> dict:
+    """Where in a layer does a vector work?"""
     labels = [run.label for run in lab.runs]
     labels = [str(run.folder.name) if labels.count(run.label) > 1 else run.label for run in lab.runs]
     found = lab.compare({"base": {}} | {label: run.vectors for label, run in zip(labels, lab.runs)})
@@ -615,19 +667,13 @@ def side_by_side(lab: Lab) -> dict:
     return finding(reading + ".", ["run", "right answers %", "over base"], table, conditions=found)
 
 
-@analysis("P4 Fig. 10, P1 Fig. 8", takes=("lora",))
-def sites(lab: Lab) -> dict:
-    """Where in a layer does a vector work?"""
-    return side_by_side(lab)
-
-
-@analysis("P4 App. F, Fig. 12")
+@analysis("P4 App. F, Fig. 12", accuracies=True)
 def orthogonal(lab: Lab) -> dict:
     """Is there a second direction?"""
-    return side_by_side(lab)
+    return sites(lab)  # accuracies of the base model and of each run, too
 
 
-@analysis("P4 Sec. 7, Table 1, App. J", takes=("lora",))
+@analysis("P4 Sec. 7, Table 1, App. J", takes=("lora",), accuracies=True)
 def transfer(lab: Lab) -> dict:
     """Do vectors work in other models? Their gain there, as a share of what the recipient's own vectors gain."""
     found, table, foreign = {}, [], []
@@ -661,19 +707,18 @@ def transfer(lab: Lab) -> dict:
 @torch.no_grad()
 def shift_sums(llm, vectors: dict, prompts, completions, layers: list[int]) -> tuple[torch.Tensor, ...]:
     """
-    Sums over the tokens of each text of Delta / |Delta| and of Delta = F_l(x; s) - F_l(x) (P4 Sec. 4), F_l: after layer
-    l.
+    Sums over the tokens of each text of Delta / |Delta| and of Delta = F_l(x; s) - F_l(x), after layer l (P4 Sec. 4).
 
-    Every position counts, the prompt's too. Returns (units, shifts, counts): (n, len(layers), D) twice, fp32, and (n,).
+    The prompt's tokens count, the last two of a text do not, as in the authors' code (match_effect.py).
+    Returns (units, shifts, counts): (n, len(layers), D) twice, fp32, and (n,).
     These give mean cosines: mean over tokens of cos(Delta, m) = (sum of Delta / |Delta|) . m / (|m| count).
     """
     units = torch.zeros(len(prompts), len(layers), llm.config.hidden_size)
-    shifts, counts = (
-        torch.zeros_like(units),
-        torch.tensor([float(len(p) + len(c)) for p, c in zip(prompts, completions)]),
-    )
+    shifts, counts = torch.zeros_like(units), torch.zeros(len(prompts))
     for batch, *texts in batches_of(prompts, completions, desc="shifts"):
-        base, mask = {}, (torch.arange(int(counts[batch].max())) < counts[batch][:, None]).to(llm.device)  # (B, T)
+        lengths = torch.tensor([len(p) + len(c) for p, c in zip(*texts)])
+        counts[batch] = (lengths - 2).float()
+        base, mask = {}, (torch.arange(lengths.max()) < lengths[:, None] - 2).to(llm.device)  # (B, T)
 
         def see(layer, module, args, h):
             base[layer] = h.float()  # noqa: B023, used at once
@@ -693,28 +738,30 @@ def shift_sums(llm, vectors: dict, prompts, completions, layers: list[int]) -> t
 
 def persistence_of(units, shifts, counts, targets: dict[int, torch.Tensor], layers: list[int]) -> dict[str, list]:
     """
-    Mean cosines of one injection layer with every later layer l (P4 Sec. 4), from shift_sums:
+    Mean cosines of one injection layer with every later layer l, from shift_sums; each over all tokens of all texts:
 
-    diff_diff = E[cos(Delta_l, E Delta_l)], E over all tokens of all texts; diff_vector = E[cos(Delta_l, s_l)], None
-    where targets has no s_l; diff_diff_per_text: against the mean of the own text, then mean over texts.
+    diff_diff = E[cos(Delta_l, E Delta_l)], E over all texts (P4 Sec. 4); diff_diff_authors: against the mean over the
+    token's own text, as the authors' code has it and so P4 Tables 6 and 7; diff_vector = E[cos(Delta_l, s_l)], None
+    where targets has no s_l.
     """
-    found = {"diff_diff": [], "diff_diff_per_text": [], "diff_vector": []}
+    found = {"diff_diff": [], "diff_diff_authors": [], "diff_vector": []}
     W = resampled(len(counts))  # (draws + 1, n)
+    total = W @ counts  # tokens
     for i, layer in enumerate(layers):
-        u = (W @ units[:, i]) / (W @ counts)[:, None]  # mean unit vector, (draws + 1, D)
-        to_mean = (u * normalize(W @ shifts[:, i], dim=-1)).sum(-1)
-        own = (units[:, i] * normalize(shifts[:, i], dim=-1)).sum(-1) / counts
-        found["diff_diff"].append(Estimate(to_mean[0].item(), to_mean[1:].numpy()))
-        found["diff_diff_per_text"].append(own.mean().item())
-        to_vector = u @ normalize(targets[layer].float(), dim=0) if layer in targets else None
-        found["diff_vector"].append(None if to_vector is None else Estimate(to_vector[0].item(), to_vector[1:].numpy()))
+        u = (W @ units[:, i]) / total[:, None]  # mean unit vector, (draws + 1, D)
+        own = (units[:, i] * normalize(shifts[:, i], dim=-1)).sum(-1)  # (n,), sums over the tokens of a text
+        cosines = {"diff_diff": (u * normalize(W @ shifts[:, i], dim=-1)).sum(-1), "diff_diff_authors": W @ own / total}
+        cosines["diff_vector"] = u @ normalize(targets[layer].float(), dim=0) if layer in targets else None
+        for kind, x in cosines.items():
+            found[kind].append(None if x is None else Estimate(x[0].item(), x[1:].numpy()))
     return found
 
 
 @analysis("P4 Sec. 4, Fig. 2, Tables 6 and 7")
 def persistence(lab: Lab) -> dict:
     """How does the shift that a vector makes change on its way through later layers?"""
-    runs, found, table = layer_vectors(lab), {}, []
+    runs, found, table, least = layer_vectors(lab), {}, [], {}
+    kinds = {"diff_diff": "Diff-Diff", "diff_diff_authors": "Diff-Diff, own text", "diff_vector": "Diff-Vector"}
     targets = {layer: run.vectors[layer] for layer, run in runs.items()}
 
     def compute(layer, run):
@@ -725,19 +772,18 @@ def persistence(lab: Lab) -> dict:
 
     for layer, run in runs.items():
         found[str(layer)] = lab.once(f"persistence {identity(targets)}", run.vectors, partial(compute, layer, run))
-        for l, d, v in zip(*(found[str(layer)][key] for key in ("layers", "diff_diff", "diff_vector"))):
-            table.append([str(layer), str(l), f"{d['value']:.3f}", "" if v is None else f"{v['value']:.3f}"])
-    least = min(
-        ((d["value"], l, int(i), d) for i, f in found.items() for l, d in zip(f["layers"], f["diff_diff"])),
-        key=lambda x: x[:3],
-    )
-    low, high = least[3]["interval_95"]
-    reading = f"The shift keeps a common direction: Diff-Diff is at least {least[0]:.2f} [{low:.2f}, {high:.2f}] "
-    reading += f"(layer {least[2]} seen after layer {least[1]})"
+        for l, *cosines in zip(*(found[str(layer)][key] for key in ("layers", *kinds))):
+            table.append([str(layer), str(l), *("" if x is None else f"{x['value']:.3f}" for x in cosines)])
+    for kind in ("diff_diff", "diff_diff_authors"):
+        seen = [(x["value"], i, l, x["interval_95"]) for i, f in found.items() for l, x in zip(f["layers"], f[kind])]
+        value, i, l, (low, high) = min(seen)
+        least[kind] = f"{value:.2f} [{low:.2f}, {high:.2f}] (layer {i} seen after layer {l})"
+    reading = f"The shift keeps a common direction: Diff-Diff is at least {least['diff_diff']}; by the authors' rule, "
+    reading += f"with the mean shift of the own text (P4 Tables 6 and 7), {least['diff_diff_authors']}"
     if others := [v["value"] for f in found.values() for v in f["diff_vector"][1:] if v is not None]:
-        reading += f"; Diff-Vector, with the later layers' own vectors, is {statistics.mean(others):.2f} on average"
-        reading += f", at most {max(others):.2f}"
-    head = ["layer of the vector", "seen after layer", "Diff-Diff", "Diff-Vector"]
+        mean, most = statistics.mean(others), max(others)
+        reading += f"; Diff-Vector, with the later layers' own vectors, is {mean:.2f} on average, at most {most:.2f}"
+    head = ["layer of the vector", "seen after layer", *kinds.values()]
     return finding(reading + ".", head, table, depth=lab.depth, by_layer=found)
 
 
@@ -759,8 +805,8 @@ def similarity(lab: Lab) -> dict:
         f"{least.plain()}; the median of all pairs is {statistics.median(e.value for e, *_ in pairs):.2f}."
     )
     table = [[str(layers[j]), str(layers[i]), e.plain()] for e, j, i in pairs]
-    numbers = {"layers": layers, "cosine": draws[0].tolist()}
-    numbers["pairs"] = [e.json() | {"layers": [layers[j], layers[i]]} for e, j, i in pairs]
+    listed = [e.json() | {"layers": [layers[j], layers[i]]} for e, j, i in pairs]
+    numbers = {"layers": layers, "cosine": draws[0].tolist(), "pairs": listed}
     return finding(reading, ["layer", "layer", "cosine"], table, **numbers)
 
 
@@ -782,47 +828,35 @@ def block_after(llm, layer: int):
     """Block l = layer + 1, which the vector of `layer` enters, with its (query heads, key-value heads); or one line."""
     depth = len(model.decoder_layers(llm))
     if layer + 1 >= depth:
-        sys.exit(
-            f"layer {layer} is the last of {depth}: no block follows its vector; take a run of --layer {depth - 2}, say"
-        )
+        sys.exit(f"layer {layer} is the last of {depth}: no block follows it; take a run of --layer {depth - 2}, say")
     block = model.decoder_layers(llm)[layer + 1]
     model.site_module(llm, f"{layer + 1}.attention")  # exits for a model whose blocks are not known
-    queries, keys = (
-        p.out_features // block.self_attn.head_dim for p in (block.self_attn.q_proj, block.self_attn.k_proj)
-    )
-    return block, queries, keys
+    attention = block.self_attn
+    return block, *(p.out_features // attention.head_dim for p in (attention.q_proj, attention.k_proj))
 
 
 @contextmanager
 def ungrouped(attention):
     """Inside the context, every query head has its own copy of its key-value head (query h reads h // group size)."""
-    groups, originals = (
-        attention.num_key_value_groups,
-        {name: getattr(attention, name) for name in ("k_proj", "v_proj")},
-    )
+    groups, saved = attention.num_key_value_groups, []
     try:
-        for name, old in originals.items():
-            has_bias = old.bias is not None
-            new = nn.Linear(
-                old.in_features, old.out_features * groups, bias=has_bias, device="meta"
-            )  # draws no numbers
-            for part, p in old.named_parameters():
-                p = p.unflatten(0, (-1, attention.head_dim)).repeat_interleave(groups, 0).flatten(0, 1)
-                setattr(new, part, nn.Parameter(p, requires_grad=False))
-            setattr(attention, name, new)
+        for module in (attention.k_proj, attention.v_proj):
+            for name, p in list(module.named_parameters()):
+                saved.append((module, name, p))
+                heads = p.unflatten(0, (-1, attention.head_dim)).repeat_interleave(groups, 0)
+                setattr(module, name, torch.nn.Parameter(heads.flatten(0, 1), requires_grad=False))
         attention.num_key_value_groups = 1
         yield
     finally:
         attention.num_key_value_groups = groups
-        for name, old in originals.items():
-            setattr(attention, name, old)
+        for module, name, p in saved:
+            setattr(module, name, p)
 
 
 @contextmanager
 def patched(llm, layer: int, s: torch.Tensor, q=(), k=(), v=(), whole=False, through_norm=True):
     """
-    Inside the context, s of `layer` enters the next block after its attention, Y <- Y + s, and through these heads
-    only.
+    Inside the context, s of `layer` enters the next block after its attention, Y <- Y + s, and through these heads.
 
     Head i in q: U W_Q[i] -> U' W_Q[i]; k and v alike, with key-value heads. whole: k and v name query heads instead,
     each of which then has its own keys and values. U' = LN(X + s), as in the authors' code; with through_norm=False U'
@@ -837,9 +871,8 @@ def patched(llm, layer: int, s: torch.Tensor, q=(), k=(), v=(), whole=False, thr
     def project(heads, module, args, output):
         column = torch.arange(output.shape[-1], device=output.device) // attention.head_dim  # the head of every column
         mine = torch.isin(column, torch.tensor(list(heads), device=output.device))
-        return torch.where(
-            mine, module.forward(seen["U'"]), output
-        )  # all heads are computed: s = 0 then changes no bit
+        # all heads are computed: s = 0 then changes no bit
+        return torch.where(mine, module.forward(seen["U'"]), output)
 
     with ungrouped(attention) if whole else ExitStack(), model.steer(llm, {f"{layer + 1}.attention": s}):
         projections = (attention.q_proj, q), (attention.k_proj, k), (attention.v_proj, v)
@@ -867,14 +900,9 @@ def head_ways(llm, layer: int, s: torch.Tensor, through_norm=True) -> dict[str, 
     }
 
 
-@torch.no_grad()
-def kl(llm, h_p: torch.Tensor, h_q: torch.Tensor, chunk=1024) -> torch.Tensor:
+def kl(llm, h_p: torch.Tensor, h_q: torch.Tensor, chunk=512) -> torch.Tensor:
     """KL(p || q) = sum_v p(v) (log p(v) - log q(v)) of the next tokens that two states give. (n, D) -> (n,) nats."""
-    found = []
-    for pair in zip(h_p.split(chunk), h_q.split(chunk)):  # never (n, V)
-        logp, logq = (model.logits(llm, h).log_softmax(-1) for h in pair)
-        found.append((logp.exp() * (logp - logq)).sum(-1))
-    return torch.cat(found)
+    return torch.cat([(p.exp() * (p - q)).sum(-1) for p, q in log_probs(llm, h_p, h_q, chunk=chunk)])
 
 
 def kl_sums(llm, ways: dict, prompts, completions, tokens=4096) -> dict[str, list[float]]:
@@ -894,8 +922,7 @@ def recovery(lost: list[float], base: list[float], reference: list[float] | None
     1 - KL(full || patched) / KL(full || base): 1 is the steered model, 0 the base.
 
     lost, base: of each problem, the KL summed over its tokens, so that the ratio is that of the means over all tokens.
-    reference: the recovery minus that of another way with these sums. lost [1, 2], base [4, 8] -> 0.75; with reference
-    [2, 4] -> 0.25
+    reference: minus the recovery of another way with these sums. [1, 2], [4, 8] -> 0.75; with [2, 4] -> 0.25
     """
     start = base if reference is None else reference
     saved = [[x - y] for x, y in zip(start, lost, strict=True)]
@@ -904,20 +931,17 @@ def recovery(lost: list[float], base: list[float], reference: list[float] | None
 
 def familywise_p(gains: list[list[float]], draws=10_000, seed=0) -> list[float]:
     """
-    For every head, the p-value of "it changes nothing", adjusted for their number by sign flips and the largest t
-    (Westfall-Young).
+    For every head, the p-value of "it changes nothing", adjusted for their number by sign flips (Westfall-Young).
 
-    gains: (heads, N), the head's KL against the reference's, problem by problem; without an effect each sign is as
-    likely as the other. p = share of draws of N signs in which some head is as far from 0 as this one. [[1, 1, 1]] ->
-    about 2/8.
+    gains: (heads, N), the head's KL against the reference's, problem by problem; without an effect both signs are as
+    likely. p = share of draws of N signs in which some head is as far from 0 as this one. [[1, 1, 1]] -> about 2/8.
     """
     d = torch.tensor(gains, dtype=torch.float64)
     size = d.norm(dim=1).clamp(min=1e-300)  # flips leave it as it is, so this statistic orders the draws as t does
     signs = torch.randint(0, 2, (draws, d.shape[1]), generator=torch.Generator().manual_seed(seed)).double() * 2 - 1
     largest = ((signs @ d.T).abs() / size).amax(1)  # (draws,)
-    t = (
-        d.sum(1).abs() / size * (1 - 1e-9)
-    )  # the draw of all plus signs is as far as the data, whatever the order of the sum
+    # the draw of all plus signs is as far as the data, whatever the order of the sum
+    t = d.sum(1).abs() / size * (1 - 1e-9)
     return ((1 + (largest[:, None] >= t).sum(0)) / (1 + draws)).tolist()
 
 
@@ -936,41 +960,40 @@ def no_change(llm, layer: int, s: torch.Tensor, prompts, completions, through_no
 
 def under(lab: Lab, name: str, way, vectors: dict) -> Estimate:
     """Accuracy inside the context that way() makes, asked as in Lab.accuracy. vectors: what it depends on."""
+    T = lab.args.temperature
 
-    def right(problems):
-        k = (lab.args.samples or SAMPLES.get(problems.name, 1)) if lab.args.temperature else 1
-        with way():
-            rolled = lab.subject.rollouts({}, problems.rows, k, temperature=lab.args.temperature, seed=lab.args.seed)
-        flat = grade(rolled.texts, [row["answer"] for row in problems.rows for _ in range(k)])
+    def right(problems, k, seed):
+        def ask():
+            with way():
+                return lab.subject.rollouts({}, problems.rows, k, temperature=T, seed=seed).texts
+
+        # texts, not grades: a mended grader grades them again
+        texts = lab.once(f"accuracy {name}, {problems.name}, seed {seed}", vectors, ask)
+        flat = grade(texts, [row["answer"] for row in problems.rows for _ in range(k)])
         return [flat[i : i + k] for i in range(0, len(flat), k)]
 
-    found = lab.once(f"accuracy {name}", vectors, lambda: [right(problems) for problems in lab.sets])
-    parts = [Estimate.of(one) for one in found]
-    return parts[0] if len(parts) == 1 else Estimate.mean(parts)
+    return lab.over_sets(right, T)
 
 
 def conditions_without_heads(lab: Lab) -> tuple[int, torch.Tensor, dict[str, dict]]:
     """(layer, its vector, {name: vectors}) of `patch`; exits with one line where there is nothing to follow."""
-    first, *more = lab.runs
-    if len(first.vectors) != 1 or not isinstance(next(iter(first.vectors)), int):
-        places = ", ".join(map(str, first.vectors))
-        sys.exit(f"patch wants a run with one vector at the end of a layer; {first.folder} has {places}")
-    ((layer, s),) = first.vectors.items()
+    (layer,) = layer_vectors(lab, lab.runs[:1])
+    s = lab.runs[0].vectors[layer]
     if not s.any():
         sys.exit(f"the vector of layer {layer} is zero: there is no effect to follow; train it first")
     lines = lines_past(layer, s)
-    if more:
-        if list(more[0].vectors) != [layer + 1]:
-            places = ", ".join(map(str, more[0].vectors))
-            sys.exit(f"the second run must have one vector, at layer {layer + 1}; {more[0].folder} has {places}")
-        lines["next vector"] = more[0].vectors
+    for other in lab.runs[1:]:
+        if list(other.vectors) != [layer + 1]:
+            places = ", ".join(map(str, other.vectors))
+            sys.exit(f"the second run must have one vector, at layer {layer + 1}; {other.folder} has {places}")
+        lines["next vector"] = other.vectors
     for seed in range(2):
         chance = lines_past(layer, random_like(s, seed, layer))
         lines |= {f"random {seed}, {name}": chance[name] for name in ("Unmodified", "Skip-Attn")}
     return layer, s, lines | {"base": {}}
 
 
-@analysis("P4 Fig. 5, 7, 8, App. I", most=2)
+@analysis("P4 Fig. 5, 7, 8, App. I", most=2, accuracies=True)
 def patch(lab: Lab) -> dict:
     """
     Through which part of the next block does it act? A second run has the next layer's own vector.
@@ -988,9 +1011,8 @@ def patch(lab: Lab) -> dict:
     ways["all heads"] = partial(patched, lab.llm, layer, s, q, kv, kv)  # through the norm: the steered model again
     every = {f"{name} {place}": vector for name, vectors in lines.items() for place, vector in vectors.items()}
     lost = lab.once("patch", every, lambda: kl_sums(lab.llm, ways, prompts, completions))
-    steered = [
-        name for name in heads if name.startswith("Steer")
-    ]  # Skip-Head has no reference that it could be better than
+    rounding = lab.once("floor", {layer: s}, lambda: floor(lab.llm, prompts, completions))
+    steered = [name for name in heads if name.startswith("Steer")]  # Skip-Head has no reference to be better than
     if not any(lost["base"]):
         sys.exit("the vector changes no probability in this dtype: there is no effect to follow")
     p = familywise_p([[x - y for x, y in zip(lost["Skip-Attn"], lost[name])] for name in steered])
@@ -1003,17 +1025,19 @@ def patch(lab: Lab) -> dict:
             found[name] |= {"over_skip_attn": over, "p_adjusted": p[steered.index(name)]}
         right = accuracy[name].text() if name in accuracy else ""
         table.append([name, found[name]["recovery"].text(), f"{found[name]['kl']:.3g}", right])
+    table.append(["floor: another dtype", "", f"{rounding['kl']:.3g}", ""])
     best = max(steered, key=lambda name: found[name]["over_skip_attn"].value)
     keeps = {name: found[name]["recovery"].text() for name in lines}
     reading = (
         f"The vector of layer {layer} through block {layer + 1}: Skip-Attn keeps {keeps['Skip-Attn']} % of the change "
         f"of the next-token distributions, Skip-Layer {keeps['Skip-Layer']} %. The head that adds most to Skip-Attn is "
         f"{best} with {found[best]['over_skip_attn'].text('+')} points; {sum(x < 0.05 for x in p)} of {len(p)} heads "
-        "differ from it (adjusted p < 0.05). Accuracy: "
+        f"differ from it (adjusted p < 0.05). Rounding alone (another dtype) makes a KL of {rounding['kl']:.2g} nats a "
+        f"token, the vector {found['base']['kl']:.2g}. Accuracy: "
     )
     reading += ", ".join(f"{name} {accuracy[name].text()} %" for name in lines if not name.startswith("random"))
-    numbers = {"layer": layer, "norm": s.norm().item(), "tokens": tokens, "found": found, "lines": list(lines)}
-    numbers |= {"accuracy": accuracy, "heads": {sweep: len(ways) for sweep, ways in sweeps.items()}}
+    numbers = {"layer": layer, "norm": s.norm().item(), "tokens": tokens, "floor": rounding, "lines": list(lines)}
+    numbers |= {"found": found, "accuracy": accuracy, "heads": {name: len(ways) for name, ways in sweeps.items()}}
     numbers["controls"] = no_change(lab.llm, layer, s, prompts[:8], completions[:8], lab.args.through_norm)
     return finding(reading + ".", ["condition", "recovery %", "KL a token (nats)", "right answers %"], table, **numbers)
 
@@ -1053,15 +1077,7 @@ def pattern_kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     return (p * (p.clamp(min=tiny).log() - q.clamp(min=tiny).log())).sum(-1).mean(-1)
 
 
-def in_dtype(llm, dtype):
-    """A copy with parameters of another dtype. Not llm.to: that rounds the rotary frequencies, too."""
-    other = copy.deepcopy(llm)
-    for p in other.parameters():
-        p.data = p.data.to(dtype)
-    return other
-
-
-def attention_kl(llm, vectors: dict, prompts, completions, queries=128, seed=0) -> dict[str, torch.Tensor]:
+def attention_kl(llm, vectors: dict, prompts, completions, queries=128, seed=0) -> dict[str, list]:
     """
     KL(steered || base) of the attention patterns of given texts, by layer and head: {"steered": (N, L, H), ...} nats.
 
@@ -1069,7 +1085,7 @@ def attention_kl(llm, vectors: dict, prompts, completions, queries=128, seed=0) 
     for an fp32 model, fp32 else) against itself. Mean over query positions, prompt included, at most `queries` of them
     in even steps (all layers' rows of the base model are kept meanwhile); the first sees one key only and is left out.
     """
-    other = in_dtype(llm, torch.bfloat16 if llm.dtype == torch.float32 else torch.float32)
+    other = other_dtype(llm)
     chance = {place: random_like(s, seed, place) for place, s in vectors.items()}
     runs = {"steered": (llm, vectors), "random": (llm, chance), "floor": (other, {})}
     found = {name: [] for name in runs}  # of each text: (L, H)
@@ -1081,7 +1097,7 @@ def attention_kl(llm, vectors: dict, prompts, completions, queries=128, seed=0) 
             with model.steer(who, given):
                 layers = patterns(who, *text, some, lambda layer, pattern, base=base: pattern_kl(pattern, base[layer]))
             found[name].append(torch.stack(list(layers.values())).cpu())
-    return {name: torch.stack(x).double() for name, x in found.items()}
+    return {name: torch.stack(x).double().tolist() for name, x in found.items()}
 
 
 def first_seen(place) -> int:
@@ -1094,20 +1110,14 @@ def first_seen(place) -> int:
 def attention(lab: Lab) -> dict:
     """Does it change where the model looks? KL of attention patterns, steered against base."""
     (run,) = lab.runs
-    prompts, completions, _ = lab.answered(run.vectors, "steered")
-
-    def compute():
-        found = attention_kl(lab.llm, run.vectors, prompts, completions, seed=lab.args.seed)
-        return {name: x.tolist() for name, x in found.items()}
-
-    each = {name: torch.tensor(x) for name, x in lab.once("attention", run.vectors, compute).items()}  # (N, L, H)
+    texts = lab.answered(run.vectors, "steered")[:2]
+    found = lab.once("attention", run.vectors, lambda: attention_kl(lab.llm, run.vectors, *texts, seed=lab.args.seed))
+    each = {name: torch.tensor(x) for name, x in found.items()}  # (N, L, H)
     by_layer = {name: [Estimate.of(x[:, l].tolist()) for l in range(lab.depth)] for name, x in each.items()}
     by_head = {name: x.mean(0) for name, x in each.items()}
     above = min(map(first_seen, run.vectors))  # below nothing can change
-    reading, total = (
-        f"The vector is at the last layer, {above - 1}: no attention comes after it, so none can change.",
-        None,
-    )
+    reading = f"The vector is at the last layer, {above - 1}: no attention comes after it, so none can change."
+    total = None
     if above < lab.depth:
         total = {name: Estimate.of(x[:, above:].flatten(1).tolist()) for name, x in each.items()}
         text = {name: estimate.plain() for name, estimate in total.items()}
@@ -1179,17 +1189,13 @@ def cost(lab: Lab) -> dict:
     found, table, columns = {}, [], {}
     for run in lab.runs:
         if not (run.folder / "state.pt").is_file() or not (steps := lines_of(run.folder / "metrics.jsonl")):
-            sys.exit(
-                f"{run.folder} has no state.pt or metrics.jsonl, which train.py writes; train it again, or leave it out"
-            )
-        state = torch.load(run.folder / "state.pt", map_location="cpu", weights_only=True, mmap=True)[
-            "trained"
-        ].values()
-        moments = [x for one in state for name, x in one.items() if name != "value"]
+            sys.exit(f"{run.folder} has no state.pt or metrics.jsonl of train.py; train it again, or leave it out")
+        state = torch.load(run.folder / "state.pt", map_location="cpu", weights_only=True, mmap=True)["trained"]
+        moments = [x for one in state.values() for name, x in one.items() if name != "value"]
         parts = ["seconds_sampling", "seconds_grading", "seconds_training"]  # vectors reach vLLM within the sampling
         parts += ["seconds_sync"] * run.full
         found[run.folder.name] = row = {
-            "trained_parameters": sum(one["value"].numel() for one in state),
+            "trained_parameters": sum(one["value"].numel() for one in state.values()),
             "optimizer_bytes": sum(x.numel() * x.element_size() for x in moments),  # Adam's moments, over all processes
             "training_seconds": sum(step.get(part, 0.0) for step in steps for part in parts),
             "update_seconds": statistics.median(step["seconds_update"] for step in steps),
@@ -1198,17 +1204,13 @@ def cost(lab: Lab) -> dict:
         }  # fmt: skip
         file = run.folder / "eval.json"
         measured = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
-        name = next(
-            (m["benchmark"] for m in measured if m["benchmark"] == "Avg"), measured and measured[0]["benchmark"]
-        )
+        names = [m["benchmark"] for m in measured]
         for m in measured:
-            if m["benchmark"] == name and (steered := m.get("steered")):
+            if m["benchmark"] == ("Avg" if "Avg" in names else names[0]) and (steered := m.get("steered")):
                 decoding = f"T = {m['temperature']:g}" if m["temperature"] else "greedy"
                 n = f", n = {steered['problems']}" if "problems" in steered else ""
-                low, high = steered["interval_95"]
-                row["right"][f"{name}, {decoding}{n} %"] = (
-                    f"{100 * steered['value']:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
-                )
+                value, low, high = (100 * x for x in (steered["value"], *steered["interval_95"]))
+                row["right"][f"{m['benchmark']}, {decoding}{n} %"] = f"{value:.1f} [{low:.1f}, {high:.1f}]"
         columns |= dict.fromkeys(row["right"])
     for name, row in found.items():
         cells = [row["right"].get(column, "") for column in columns]
@@ -1233,10 +1235,10 @@ def as_json(found):
 
 def listed() -> str:
     """The analyses, their questions and where the papers have them, for --help."""
-    questions = {name: (one.compute.__doc__ or "?").strip().splitlines()[0] for name, one in ANALYSES.items()}
-    return "\n".join(
-        ["Analyses:", *(f"  {name:12} {questions[name]} ({one.papers})" for name, one in ANALYSES.items())]
-    )
+    lines = ["Analyses:"]
+    for name, one in ANALYSES.items():
+        lines.append(f"  {name:12} {(one.compute.__doc__ or '?').strip().splitlines()[0]} ({one.papers})")
+    return "\n".join(lines)
 
 
 def check(args: Config) -> None:
@@ -1250,6 +1252,8 @@ def check(args: Config) -> None:
         sys.exit(f"--temperature wants a number from 0 up, got {args.temperature}")
     if args.benchmarks and args.data:
         sys.exit("give either --benchmarks or --data")
+    if not ANALYSES[args.name].accuracies and (len(args.benchmarks) > 1 or "all" in args.benchmarks):
+        sys.exit(f"{args.name} reads answers to one file of problems: give one of the benchmarks")
     least, most, given = ANALYSES[args.name].least, ANALYSES[args.name].most, len(args.runs)
     if given < least or given > (most or given):
         wanted = f"{least} run folders or more" if most is None else f"{least} to {most} run folders"
@@ -1265,13 +1269,10 @@ def command(args: Config) -> str:
     for name, value in asdict(args).items():
         if name not in ("name", "runs", "out", "device") and value != getattr(Config, name, None):
             flag = name.replace("_", "-")
-            match value:
-                case True:
-                    given.append(f"--{flag}")
-                case False:
-                    given.append(f"--no-{flag}")
-                case _:
-                    given += [f"--{flag}", *map(str, value if isinstance(value, tuple) else [value])]
+            if isinstance(value, bool):
+                given.append(f"--{flag}" if value else f"--no-{flag}")
+            else:
+                given += [f"--{flag}", *map(str, value if isinstance(value, tuple) else [value])]
     return "python analyze.py " + shlex.join(given)
 
 
@@ -1287,8 +1288,7 @@ def main(args: Config) -> dict | None:
     path = folder / f"{args.name}.json"
     doc = None if args.name == "cost" else kept(path, lab.key)  # cost reads files alone, whose contents change
     if doc is None:
-        n = f"; n = {len(lab.sets[0].rows)} problems, seed {args.seed}" if ANALYSES[args.name].n else ""
-        about = {"name": args.name, "command": command(args), "about": lab.subject.name + n}
+        about = {"name": args.name, "command": command(args), "about": lab.about}
         doc = keep(path, lab.key, as_json(about | ANALYSES[args.name].compute(lab)))
         write(path.with_suffix(".md"), f"{doc['reading']}\n\n{markdown(*doc['table'])}\n")
     draw(args.name, doc, path.with_suffix(".png"))

@@ -408,13 +408,22 @@ def read(llm, prompts: list[list[int]], completions: list[list[int]]) -> tuple[t
     return llm.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state, before
 
 
-def logits(llm, h: torch.Tensor) -> torch.Tensor:
-    """The logits of states after the final norm: h (..., D) -> (..., V), fp32, since sums over many tokens follow."""
+def logits(llm, h: torch.Tensor, exact=False, rows=16384) -> torch.Tensor:
+    """
+    The logits of states after the final norm: h (..., D) -> (..., V), fp32, since sums over many tokens follow.
+
+    exact: an fp32 product, too, so that of two bf16 states the small difference stays; `rows` of the head at a time
+    are fp32, never all of it. Without it the product has the model's own dtype, as the sampler's has: training wants
+    the log-probs of the distribution that was sampled from.
+    """
     head, cap = llm.get_output_embeddings(), getattr(llm.config, "final_logit_softcapping", None)  # cap: Gemma 2
     assert head.bias is None, "an output layer with a bias is not supported"
     scaled = [name for name in ("logits_scaling", "logit_scale") if getattr(llm.config, name, None) is not None]
     assert not scaled, f"models with {scaled} are not supported"
-    x = (h @ head.weight.T).float()
+    if exact:
+        x = torch.cat([h.float() @ part.float().T for part in head.weight.split(rows)], -1)
+    else:
+        x = (h @ head.weight.T).float()
     return x if cap is None else cap * torch.tanh(x / cap)
 
 

@@ -40,11 +40,14 @@ def draw(name: str, found: dict, path: Path) -> None:
         height_ratios=heights,
     )  # fmt: skip
     for ax, panel in zip(axes.flat, panels):
-        labels = {name: panel.get(name) for name in ("xlabel", "ylabel", "subtitle")}
+        labels = {name: panel.get(name) for name in ("xlabel", "ylabel", "subtitle", "floor")}
         rest = {name: x for name, x in panel.items() if name not in (*labels, "form")}
         FORMS[panel["form"]](ax, **rest)
         ax.set(xlabel=labels["xlabel"], ylabel=labels["ylabel"])
         ax.set_title(labels["subtitle"], fontsize=10)
+    for ax, panel in zip(axes.flat, panels):
+        if "floor" in panel:  # where y begins; after all panels, for where they share y it ends at the highest of all
+            ax.set_ylim(panel["floor"], None)
     for ax in axes.flat[len(panels) :]:
         ax.axis("off")
     if figure.get("share_y"):
@@ -143,8 +146,8 @@ def key(ax, **where) -> None:
         ax.legend(frameon=False, fontsize=8, **where)
 
 
-def lines(ax, series, flat=(), depth=None, names=None, floor=None, log_y=False, whole_x=False, x=None) -> None:
-    """Lines with bands. depth: colours are layers of so many; floor: where y begins; whole_x: integers; x: limits."""
+def lines(ax, series, flat=(), depth=None, names=None, log_y=False, whole_x=False, x=None) -> None:
+    """Lines with bands. depth: colours are layers of so many; whole_x: integers; x: limits."""
     for one in series:
         colour = (
             SHADES(one["colour"] / max(1, depth - 1)) if depth else one["colour"]
@@ -159,8 +162,6 @@ def lines(ax, series, flat=(), depth=None, names=None, floor=None, log_y=False, 
     if names:
         every = max(1, len(names) // 14)
         ax.set_xticks(range(0, len(names), every), names[::every], fontsize=7)
-    if floor is not None:
-        ax.set_ylim(floor, None)
     if x is not None:
         ax.set_xlim(*x)
     if log_y:
@@ -309,9 +310,7 @@ def lens(found: dict) -> dict:
         grid, list(tables), range(1, columns + 1), low and -high, high, texts, "cosine with the unembedding row"
     )
     panel |= {"xlabel": "rank", "ylabel": ylabel}
-    note = (
-        f"gain: the final norm's; 95 % of random directions stay below a cosine of {found['chance']:.2f}"
-    )
+    note = f"gain: the final norm's; 95 % of random directions stay below a cosine of {found['chance']:.2f}"
     return {"title": title, "panels": [panel], "note": note, "size": (9, 1.6 + 0.4 * len(tables))}
 
 
@@ -320,11 +319,9 @@ def shift(found: dict) -> dict:
     names = [f"{quoted(b['token'])}\n{b['where'].replace('any position', '')}\nn={b['count']}" for b in found["boxes"]]
     curve = found["by_position"]
     left = {"form": "boxes", "boxes": found["boxes"], "names": names, "ylabel": "increase of probability"}
-    right = {
-        "form": "lines",
-        "series": [line("", [c["position"] for c in curve], curve, "tab:blue", scale=1)],
-        "floor": 0,
-    }
+    rounding = {"label": "rounding alone: another dtype", "y": found["floor"]["delta_p"], "colour": "grey"}
+    right = {"form": "lines", "series": [line("", [c["position"] for c in curve], curve, "tab:blue", scale=1)]}
+    right |= {"log_y": True, "flat": [rounding]}
     left |= {"subtitle": "tokens with the largest maximum"}
     right |= {
         "xlabel": "position in the answer (tokens)",
@@ -348,20 +345,19 @@ def prefix(found: dict) -> dict:
 
 @figure
 def case(found: dict) -> dict:
-    tokens = []
-    for text in found["answers"]:
-        tokens += [(word + " ", None, False) for word in text["problem"].split(" ")] + [("\n", None, False)]
-        tokens += [(t["text"], t["steered"] - t["base"], t["differs"]) for t in text["tokens"]] + [
-            ("\n\n", None, False)
-        ]
-    panel = {
-        "form": "tokens",
-        "tokens": tokens[:-1],
-        "limit": 1.0,
-        "label": "change of probability; box: the argmax differs",
-    }
-    width, height = size_of(tokens[:-1])
-    return {"panels": [panel], "note": "first answers of the steered model", "size": (width, height + 1.2)}
+    panels, heights = [], []
+    for form in found["forms"]:
+        tokens = []
+        for text in found["answers"]:
+            tokens += [(word + " ", None, False) for word in text["problem"].split(" ")] + [("\n", None, False)]
+            seen = [(t["text"], t["base"], t["forms"][form]) for t in text["tokens"]]
+            tokens += [(word, s["steered"] - base, s["differs"]) for word, base, s in seen] + [("\n\n", None, False)]
+        panel = {"form": "tokens", "tokens": tokens[:-1], "limit": 1.0, "label": f"{form}: change of probability"}
+        width, height = size_of(tokens[:-1])
+        panels, heights = [*panels, panel], [*heights, height + 0.9]
+    size = (width, sum(heights) + 0.3)
+    note = "box: the argmax differs"
+    return {"panels": panels, "note": note, "size": size, "heights": heights, "columns": 1}
 
 
 @figure
@@ -454,21 +450,22 @@ def transfer(found: dict) -> dict:
 @figure
 def persistence(found: dict) -> dict:
     panels, depth = [], found["depth"]
-    for kind, title in (
-        ("diff_diff", "to the mean shift: Diff-Diff"),
-        ("diff_vector", "to the layer's vector: Diff-Vector"),
-    ):
+    titles = {
+        "diff_diff": "to the mean shift: Diff-Diff",
+        "diff_diff_authors": "to the own text's mean: as the authors'",
+        "diff_vector": "to the layer's vector: Diff-Vector",
+    }
+    for kind, title in titles.items():
         series = []
         for layer, row in found["by_layer"].items():
-            seen = [(l, x) for l, x in zip(row["layers"], row[kind]) if x is not None]
+            seen = [(l, x) for l, x in zip(row["layers"], row.get(kind, [])) if x is not None]
             bare = [{"value": x["value"]} for _, x in seen]  # bands of so many lines would hide each other
             series.append(line("", [l for l, _ in seen], bare, int(layer), scale=1))
         panel = {"form": "lines", "series": series, "subtitle": title, "depth": depth, "whole_x": True}
-        panels.append(
-            panel | {"xlabel": "layer where the shift is seen (0-based)", "ylabel": "mean cosine over tokens"}
-        )
-    note = "prompts and answers of each steered model; mean shift over all of them; intervals: JSON"
-    return {"title": "How does a shift travel?", "panels": panels, "note": note, "share_y": True}
+        panel |= {"xlabel": "layer where the shift is seen (0-based)", "ylabel": "mean cosine over tokens"}
+        panels += [panel] if any(one["x"] for one in series) else []  # the papers print one Diff-Diff
+    note = "prompts and answers of each steered model but their last two tokens; intervals: JSON"
+    return {"title": "How does a shift travel?", "panels": panels, "note": note, "share_y": True, "columns": 2}
 
 
 @figure
@@ -515,7 +512,9 @@ def patch(found: dict) -> dict:
         names = [name.replace(", ", "\n").replace("-", "-\n") for name in lines]
         panels.append({"form": "bars", "series": bars, "names": names, "ylabel": "right answers (%)"})
     note = "full dots differ from Skip-Attn (p < 0.05, adjusted for the number of heads); bars, bands: 95 % intervals\n"
-    note += "recovery: 1 - KL(full || patched) / KL(full || base) on answers of the steered model"
+    note += "recovery: 1 - KL(full || patched) / KL(full || base) on answers of the steered model; "
+    rounding = 100 * found["floor"]["kl"] / found["found"]["base"]["kl"]
+    note += f"rounding alone (another dtype) costs {rounding:.2g} points"
     title = f"Through which part of block {found['layer'] + 1} does the vector of layer {found['layer']} act?"
     return {"title": title, "panels": panels, "columns": 1, "note": note, "size": (9, 7)}
 

@@ -1,15 +1,21 @@
 """Analyses: each number against a slow or hand-worked one, kept results, errors, pages, and every command once."""
 
+import copy
+import dataclasses
+import itertools
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+import tyro
 from conftest import random_llm
 from torch.nn.functional import cosine_similarity, normalize
 
 import analyze
+import evaluate
 import model
 from data import figures, paper
 from data.problems import Problems
@@ -91,7 +97,7 @@ def test_piece(tokenizer):
 def test_next_tokens(family):
     llm, vectors = random_llm(family), {1: vector(0), 2: vector(1)}
     seen = 0
-    for base, steered, rows, positions in analyze.next_tokens(llm, vectors, PROMPTS, COMPLETIONS, chunk=4):
+    for (base, steered), rows, positions in analyze.next_tokens(llm, [{}, vectors], PROMPTS, COMPLETIONS, chunk=4):
         for b, s, row, t in zip(base, steered, rows.tolist(), positions.tolist()):
             ids = torch.tensor([ROWS[row]])
             at = len(PROMPTS[row]) + t - 1
@@ -118,12 +124,78 @@ def test_largest_shifts(qwen2):
     assert not found
 
 
+def in_double(llm, vectors):
+    """Log-probs of the next tokens from the states of the model in its dtype and a product in double."""
+    states = []
+    for row, prompt in zip(ROWS, PROMPTS):
+        with model.steer(llm, vectors), torch.no_grad():
+            h = llm.get_decoder()(torch.tensor([row])).last_hidden_state[0, len(prompt) - 1 : -1]
+        states.append(h)
+    h = torch.cat(states)
+    return h, (h.double() @ llm.get_output_embeddings().weight.double().T).log_softmax(-1)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama"])
+def test_small_shifts_of_a_bf16_model_are_not_rounded(family):
+    """Delta p and KL of a small vector: products with the head in fp32, as in double; in bf16 they would be noise."""
+    llm = analyze.other_dtype(random_llm(family))
+    vectors = {2: vector(0, size=0.02)}
+    (h, logp), (h_s, logp_s) = in_double(llm, {}), in_double(llm, vectors)
+    want, want_kl = (logp_s.exp() - logp.exp()).amax(-1), (logp_s.exp() * (logp_s - logp)).sum(-1)
+    found = {(row, t): delta for row, t, _, delta in analyze.largest_shifts(llm, vectors, PROMPTS, COMPLETIONS)}
+    got = torch.tensor([found[i, t] for i, c in enumerate(COMPLETIONS) for t in range(len(c))], dtype=torch.float64)
+    torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(analyze.kl(llm, h_s, h).double(), want_kl, atol=1e-6, rtol=1e-4)
+    rounded, rounded_s = (model.logits(llm, x).log_softmax(-1) for x in (h, h_s))  # as in training
+    assert ((rounded_s.exp() - rounded.exp()).amax(-1) - want).abs().mean() > 0.1 * want.mean()
+    assert want.mean() > 1e-4 and want_kl.mean() > 1e-5
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma2"])
+def test_exact_logits_in_parts_of_the_head(family):
+    llm = analyze.other_dtype(random_llm(family))
+    h, W = vector(0)[None].bfloat16(), llm.get_output_embeddings().weight
+    want = h.double() @ W.double().T
+    want = 30 * (want / 30).tanh() if family == "gemma2" else want
+    for rows in (7, 61, 1000):
+        got = model.logits(llm, h, exact=True, rows=rows)
+        torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=1e-5)
+    assert (model.logits(llm, h) - want).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_floor(dtype):
+    """The base model in bf16 and in fp32, text by text."""
+    llm = random_llm() if dtype == torch.float32 else analyze.other_dtype(random_llm())
+    other = analyze.other_dtype(llm)
+    assert {llm.dtype, other.dtype} == {torch.float32, torch.bfloat16}
+    (_, logp), (h, _) = in_double(llm, {}), in_double(other, {})
+    q = (h.double() @ llm.lm_head.weight.double().T).log_softmax(-1)
+    found = analyze.floor(llm, PROMPTS, COMPLETIONS)
+    assert found["tokens"] == sum(map(len, COMPLETIONS)) and llm.dtype == dtype
+    assert found["delta_p"] == pytest.approx((q.exp() - logp.exp()).amax(-1).mean().item(), rel=1e-3)
+    assert found["kl"] == pytest.approx((logp.exp() * (logp - q)).sum(-1).mean().item(), rel=1e-2)
+    assert found["delta_p"] > 1e-3 and analyze.floor(llm, PROMPTS, COMPLETIONS, texts=1)["tokens"] == 4
+
+
 def test_shift_counts_answers_that_ended(qwen2, tokenizer, tmp_path, texts):
     found = analyze.shift(lab_of(qwen2, [{2: vector(0)}], tmp_path, tokenizer))
     assert found["answers"] == 2 and [point["n"] for point in found["by_position"]] == [2, 2, 1, 1]
     largest = analyze.largest_shifts(qwen2, {2: vector(0)}, PROMPTS[:2], COMPLETIONS[:2])
     assert found["by_position"][0]["value"] == pytest.approx(sum(d for _, t, _, d in largest if t == 0) / 2)
     assert max(box["max"] for box in found["boxes"]) == pytest.approx(max(d for *_, d in largest))
+    floor = analyze.floor(qwen2, PROMPTS, COMPLETIONS)
+    assert found["floor"] == floor and f"another dtype) makes {floor['delta_p']:.2g}" in found["reading"]
+
+
+def test_the_command_for_the_papers_prompts(runs):
+    """What shift's docstring says reads the first 1,000 problems of that file."""
+    command = re.search(r"`analyze.py (shift RUN --data \S+ --n 1000)`", analyze.shift.__doc__)[1]
+    args = tyro.cli(analyze.Config, args=command.replace("RUN", runs["a"]).split())
+    assert args.data == "data/deepscaler.jsonl"
+    lab = analyze.open_lab(dataclasses.replace(args, data="data/tiny/train.jsonl", device="cpu"))
+    assert lab.texts.rows == analyze.problems_of("data/tiny/train.jsonl").rows[:1000] and len(lab.texts.rows) == 1000
+    assert lab.about == "tiny; train (n = 1000); seed 0"
 
 
 # --------------------------------------------------------------------------------------------- persistence, similarity
@@ -151,26 +223,43 @@ def literal_states(llm, ids, vectors):
     return torch.stack(seen)
 
 
+LONG = [[5, 9], list(range(20, 30)), [8, 4, 6], [11, 6, 12, 13]]
+ANSWERS = [[10, 2], [*range(30, 59), 2], [7, 7, 9], [2]]  # texts of 4, 40, 6 and 5 tokens
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_persistence(family):
+    """Against all cosines one by one: to the mean of all, to the mean of the own text (the authors'), to the vector."""
     llm, s = random_llm(family), {0: vector(0), 1: vector(1), 2: vector(2)}
-    sums = analyze.shift_sums(llm, {0: s[0]}, PROMPTS, COMPLETIONS, [0, 1, 2])
+    sums = analyze.shift_sums(llm, {0: s[0]}, LONG, ANSWERS, [0, 1, 2])
     found = analyze.persistence_of(*sums, {0: s[0], 2: s[2]}, [0, 1, 2])
     for l in range(3):
-        deltas = [literal_states(llm, row, {0: s[0]})[l] - literal_states(llm, row, {})[l] for row in ROWS]
+        deltas = []
+        for prompt, answer in zip(LONG, ANSWERS):
+            row = prompt + answer
+            shift = literal_states(llm, row, {0: s[0]})[l] - literal_states(llm, row, {})[l]
+            deltas.append(shift[:-2])  # match_effect.py cuts the last token off the text, and again off the states
         every = torch.cat(deltas)  # (all tokens, D)
-        to_mean = cosine_similarity(every, every.mean(0)[None]).mean().item()
-        own = sum(cosine_similarity(d, d.mean(0)[None]).mean().item() for d in deltas) / len(deltas)
-        assert found["diff_diff"][l].value == pytest.approx(to_mean, abs=1e-4)
-        assert found["diff_diff_per_text"][l] == pytest.approx(own, abs=1e-4)
-        if l != 1:
-            to_vector = cosine_similarity(every, s[l][None]).mean().item()
-            assert found["diff_vector"][l].value == pytest.approx(to_vector, abs=1e-4)
-        low, high = found["diff_diff"][l].interval
-        assert low <= high <= 1 + 1e-4
-    assert found["diff_diff"][0].value == pytest.approx(1, abs=1e-4)
-    assert found["diff_vector"][0].value == pytest.approx(1, abs=1e-4)
-    assert found["diff_vector"][1] is None and found["diff_diff"][2].value < 0.99
+        assert len(every) == 2 + 38 + 4 + 3
+        own = [cosine_similarity(d, d.mean(0)[None]) for d in deltas]
+        want = {
+            "diff_diff": cosine_similarity(every, every.mean(0)[None]).mean(),
+            "diff_diff_authors": torch.cat(own).mean(),
+        }
+        want["diff_vector"] = cosine_similarity(every, s[l][None]).mean()
+        for kind, x in want.items():
+            if (kind, l) == ("diff_vector", 1):
+                assert found[kind][l] is None
+                continue
+            assert found[kind][l].value == pytest.approx(x.item(), abs=1e-4)
+            low, high = found[kind][l].interval
+            assert low - 1e-4 <= high <= 1 + 1e-4
+        if l:  # the rules are far apart: texts that weigh alike, one mean for all texts, and the authors'
+            by_text = sum(x.mean().item() for x in own) / len(own)
+            rules = [by_text, want["diff_diff"].item(), want["diff_diff_authors"].item()]
+            assert min(abs(x - y) for x, y in itertools.combinations(rules, 2)) > 0.01
+    for kind in found:
+        assert found[kind][0].value == pytest.approx(1, abs=1e-4)
 
 
 def test_batches_and_padding_change_nothing(qwen2, monkeypatch):
@@ -186,7 +275,7 @@ def test_similarity(qwen2, tmp_path, texts):
     assert found["layers"] == [0, 1, 2]
     means = []
     for v in sorted(vectors, key=str):
-        shifts = [literal_states(qwen2, row, v)[2] - literal_states(qwen2, row, {})[2] for row in ROWS]
+        shifts = [(literal_states(qwen2, row, v)[2] - literal_states(qwen2, row, {})[2])[:-2] for row in ROWS]
         means.append(torch.cat(shifts).mean(0))
     want = normalize(torch.stack(means), dim=-1)
     torch.testing.assert_close(torch.tensor(found["cosine"]), want @ want.T, rtol=1e-4, atol=1e-4)
@@ -317,6 +406,53 @@ def test_token_scales_at_the_answer_only(qwen2):
         assert not any(sizes[:before]) and all(size != 0 for size in sizes[before:-1])
 
 
+def biased(llm, layer, module, s):
+    """The model with s as a bias of a module, whose linear layers have none: no hooks."""
+    other = copy.deepcopy(llm)
+    other.get_submodule(f"model.layers.{layer}.{module}").bias = torch.nn.Parameter(s.clone(), requires_grad=False)
+    return other
+
+
+@pytest.mark.parametrize(("layer", "block"), [(0, 1), (1, 2), (2, 2)])
+def test_case_in_both_forms(layer, block, tokenizer, tmp_path, texts):
+    """s at the end of its layer, and after the attention of the next block, of the last one for the last layer."""
+    llm, s = random_llm(), vector(0)
+    lab = lab_of(llm, [{layer: s}], tmp_path, tokenizer)
+    doc = analyze.as_json(analyze.case(lab))
+    models = {"At its own place": biased(llm, layer, "mlp.down_proj", s)}
+    models[f"After the attention of layer {block}"] = biased(llm, block, "self_attn.o_proj", s)
+    assert doc["forms"] == list(models)
+    changed = 0
+    for form, other in models.items():
+        differ = 0
+        for row, prompt, answer, text in zip(ROWS, PROMPTS, COMPLETIONS, doc["answers"]):
+            p, q = (m(torch.tensor([row])).logits[0, len(prompt) - 1 : -1].softmax(-1) for m in (llm, other))
+            assert len(text["tokens"]) == len(answer)
+            for t, y in enumerate(answer):
+                entry = text["tokens"][t]
+                assert entry["base"] == pytest.approx(p[t, y].item(), rel=1e-3, abs=1e-6)
+                assert entry["forms"][form]["steered"] == pytest.approx(q[t, y].item(), rel=1e-3, abs=1e-6)
+                assert entry["forms"][form]["differs"] == (p[t].argmax() != q[t].argmax()).item()
+                differ += entry["forms"][form]["differs"]
+                changed += abs(q[t, y] - p[t, y]) > 1e-3
+        assert f"{form} the vector changes the most likely token at {differ} of 9 positions" in doc["reading"]
+    assert changed > 4 and {row[0] for row in doc["table"][1]} == set(models)
+    own, after = (
+        [token["forms"][form]["steered"] for text in doc["answers"] for token in text["tokens"]] for form in models
+    )
+    assert own != pytest.approx(after, abs=1e-3)
+    figures.draw("case", doc, tmp_path / "case.png")
+    assert (tmp_path / "case.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("places", [{"1.attention": 32}, {0: 32, 1: 32}, {"1@answer": 32}])
+def test_case_of_other_runs_has_the_own_place_alone(places, qwen2, tokenizer, tmp_path, texts):
+    vectors = {place: vector(0, n) for place, n in places.items()}
+    doc = analyze.as_json(analyze.case(lab_of(qwen2, [vectors], tmp_path, tokenizer)))
+    assert doc["forms"] == ["At its own place"] and "P4 Fig. 6's form" in doc["reading"]
+    figures.draw("case", doc, tmp_path / "case.png")
+
+
 def test_the_report_escapes():
     table = paper.table_of(["<i>", "b"], [['<script>"&', None]])
     assert "<script" not in table and "<i>" not in table and "&lt;script&gt;" in table and "None" not in table
@@ -327,6 +463,18 @@ def test_lines_of():
     assert [[(column, text) for column, text, *_ in line] for line in lines] == [
         [(0, "a" * 60)], [(0, "b" * 60), (60, "c↵↵")], [], [(0, "d")]
     ]  # fmt: skip
+
+
+def test_panels_that_share_y_show_the_highest_of_all(tmp_path, monkeypatch):
+    """Greedy accuracies are above those at T = 1, and no point may be cut off."""
+    drawn = []
+    monkeypatch.setattr(figures.plt, "close", drawn.append)
+    row = {"base": 0.1, "3": 0.2}, {"base": 0.1, "3": 0.95}
+    by_decoding = {name: {key: {"value": x} for key, x in values.items()} for name, values in zip("ab", row)}
+    figures.draw("sweep", {"layers": [3], "depth": 28, "by_decoding": by_decoding}, tmp_path / "sweep.png")
+    for ax in drawn[0].axes:
+        low, high = ax.get_ylim()
+        assert low == 0 and 95 < high < 110
 
 
 # ------------------------------------------------------------------------------------------------- every command
@@ -479,6 +627,116 @@ def test_sweep_measures_a_run_of_all_weights_in_their_place(runs, tmp_path, monk
     assert seen == [pytest.approx(2 * other)] * 2
 
 
+GOLDS = {"one": ["1", "2", "3"], "two": ["4", "5"]}
+
+
+@pytest.fixture
+def small(monkeypatch, runs, tmp_path):
+    """A run in a folder of its own, benchmarks of three and two problems, and a sampler without a model."""
+    for name, golds in GOLDS.items():
+        path = tmp_path / "data" / f"{name}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("".join(json.dumps({"problem": f"{name} {g}", "answer": g}) + "\n" for g in golds))
+    monkeypatch.setattr("data.problems.ROOT", tmp_path)
+    calls = []
+
+    def rollouts(llm, tokenizer, vectors, problems, k, seed=None, temperature=1.0, **how):
+        calls.append(dict(how, k=k, temperature=temperature, problems=problems, vectors=sorted(vectors, key=str)))
+        texts = []
+        for problem, number in zip(problems, seed):
+            gold = problem.split()[1]
+            texts += [rf"\boxed{{{gold if right(number + j, vectors) else 'no'}}}" for j in range(k)]
+        n = len(texts)
+        return model.Rollouts([[1]] * n, [[2]] * n, [True] * n, texts, None)
+
+    monkeypatch.setattr(model, "rollouts", rollouts)
+    run = shutil.copytree(runs["a"], tmp_path / "out" / "a")
+    return str(run), calls
+
+
+def right(number, vectors):
+    """Whether the stand-in's answer with this seed is right: one half of them, of the steered model two thirds."""
+    return number % 3 > 0 if vectors else number % 2 > 0
+
+
+def mean_by_hand(seeds, vectors, k=1):
+    """The mean over the sets of means over seeds, problems and samples."""
+    means = []
+    for golds in GOLDS.values():
+        each = [
+            right(number + j, vectors)
+            for seed in seeds
+            for number in model.prompt_seeds(seed, range(len(golds)))
+            for j in range(k)
+        ]
+        means.append(sum(each) / len(each))
+    return sum(means) / len(means)
+
+
+def test_accuracies_are_means_over_seeds_and_benchmarks(small, tmp_path):
+    run, calls = small
+    how = {"n": None, "benchmarks": ("one", "two")}
+    doc = go("sweep", run, out=str(tmp_path / "papers"), **how)
+    for name, vectors in (("base", {}), ("3", {3: 0})):
+        assert doc["by_decoding"]["T = 1"][name]["value"] == pytest.approx(mean_by_hand((0, 1, 2), vectors))
+        assert doc["by_decoding"]["greedy"][name]["value"] == pytest.approx(mean_by_hand((0,), vectors))
+    assert doc["about"] == "tiny; mean of one (n = 3), two (n = 2); seed 0, 1, 2"
+    assert len(calls) == 2 * 2 * (3 + 1)
+    pooled = [right(x, {3: 0}) for seed in range(3) for n in (3, 2) for x in model.prompt_seeds(seed, range(n))]
+    assert abs(sum(pooled) / len(pooled) - mean_by_hand((0, 1, 2), {3: 0})) > 0.01  # sets weigh alike, not problems
+    doc = go("sites", run, out=str(tmp_path / "own"), seeds=(4, 7), samples=5, seed=9, **how)
+    assert doc["conditions"]["3"]["value"] == pytest.approx(mean_by_hand((4, 7), {3: 0}, 5))
+    doc = go("sites", run, out=str(tmp_path / "first"), n=1, benchmarks=("two",), seed=9)
+    assert doc["about"] == "tiny; two (n = 1); seed 0, 1, 2"
+    doc = go("sites", run, out=str(tmp_path / "data"), data=str(tmp_path / "data" / "one.jsonl"), n=None, seed=9)
+    assert doc["about"] == "tiny; one (n = 3); seed 9"
+
+
+def test_answers_are_shared_with_evaluate(small, tmp_path, monkeypatch):
+    """After evaluate.py with the same benchmarks nothing is sampled, and the accuracies are its own."""
+    run, calls = small
+    how = {"benchmarks": ("one", "two"), "max_tokens": 3, "device": "cpu"}
+    measured = evaluate.main(evaluate.Config(run=run, samples=2, **how))
+    assert len(calls) == 2 * 2 * (3 + 1)
+
+    def never(*args, **how):
+        raise AssertionError("sampled again")
+
+    monkeypatch.setattr(model, "rollouts", never)
+    doc = go("sweep", run, out=str(tmp_path), n=None, benchmarks=("one", "two"), samples=2)
+    for decoding, T in (("T = 1", 1.0), ("greedy", 0.0)):
+        for name, who in (("base", "base"), ("3", "steered")):
+            sets = [measured[benchmark, T][who]["accuracy"].value for benchmark in GOLDS]
+            assert doc["by_decoding"][decoding][name]["value"] == pytest.approx(sum(sets) / 2)
+    with pytest.raises(AssertionError, match="sampled again"):
+        go("sweep", run, out=str(tmp_path), n=None, benchmarks=("one", "two"), samples=2, seeds=(3,))
+
+
+def test_all_problems_of_benchmarks_but_few_texts(runs, monkeypatch, tmp_path):
+    """Accuracies take all problems of benchmarks; answers are read to as many as without."""
+    rows = [json.dumps({"problem": str(i), "answer": "1"}) for i in range(130)]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "many.jsonl").write_text("\n".join(rows))
+    monkeypatch.setattr("data.problems.ROOT", tmp_path)
+
+    def sizes(name, **changes):
+        lab = analyze.open_lab(analyze.Config(name, (runs["a"],), benchmarks=("many",), device="cpu", **changes))
+        return len(lab.sets[0].rows), len(lab.texts.rows)
+
+    assert sizes("patch") == (130, 100) and sizes("patch", n=120) == (120, 120)
+    assert sizes("shift") == (100, 100) and sizes("case") == (4, 4) and sizes("shift", n=120) == (120, 120)
+
+
+def test_a_template_for_recipients(small, tmp_path):
+    """P4 Table 1: an instruct model is asked in the base model's template."""
+    run, calls = small
+    settings = {"recipients": ("tiny",), "data": str(tmp_path / "data" / "one.jsonl")}
+    go("transfer", run, out=str(tmp_path / "r1"), template="r1", system="Think.", **settings)
+    assert len(calls) == 2 and {(call["template"], call["system"]) for call in calls} == {("r1", "Think.")}
+    go("transfer", run, out=str(tmp_path / "own"), **settings)  # another template is another measurement
+    assert len(calls) == 4 and {(call["template"], call["system"]) for call in calls[2:]} == {(None, None)}
+
+
 def test_compose_adds_two_vectors_or_half_of_each(runs, tmp_path, monkeypatch):
     given = {}
 
@@ -605,6 +863,7 @@ ERRORS = {
     "a vector elsewhere": (("lens", "q_proj"), {}, "as wide as the residual stream"),
     "no such analysis": (("lense", "a"), {}, "no analysis 'lense'"),
     "LoRA": (("sweep", "lora"), {}, "sweep wants vectors"),
+    "benchmarks of one file": (("shift", "a"), {"benchmarks": ("all",)}, "shift reads answers to one file"),
     "two sources": (("sites", "a"), {"data": "x", "benchmarks": ("all",)}, "either --benchmarks or --data"),
     "nothing ended": (("shift", "a"), {"max_tokens": 1}, "ended by itself"),
 }

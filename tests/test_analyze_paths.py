@@ -183,12 +183,13 @@ def test_ungrouping_changes_nothing_and_is_undone(llm, implementation):
     if llm.config.model_type != "gemma2":  # always eager
         llm.set_attn_implementation(implementation)
     att, want = model.decoder_layers(llm)[L].self_attn, states(llm)
-    before = att.k_proj, att.v_proj
+    before = [*att.k_proj.parameters(), *att.v_proj.parameters()]
     with pytest.raises(ZeroDivisionError), analyze.ungrouped(att):
-        assert att.k_proj.out_features == 32 and att.num_key_value_groups == 1
+        assert att.k_proj.weight.shape == (32, 32) and att.num_key_value_groups == 1
         torch.testing.assert_close(states(llm), want, atol=5e-6, rtol=0)  # rounding
         raise ZeroDivisionError
-    assert (att.k_proj, att.v_proj) == before and att.num_key_value_groups == 2
+    after = [*att.k_proj.parameters(), *att.v_proj.parameters()]
+    assert all(one is other for one, other in zip(after, before, strict=True)) and att.num_key_value_groups == 2
     assert torch.equal(states(llm), want)
 
 
@@ -340,9 +341,10 @@ def test_pattern_kl_by_hand():
 
 
 def test_copies_in_another_dtype_keep_their_rotary_frequencies(qwen2):
-    other = analyze.in_dtype(qwen2, torch.bfloat16)
+    other = analyze.other_dtype(qwen2)
     assert other.dtype == torch.bfloat16 and qwen2.dtype == torch.float32
     assert torch.equal(other.model.rotary_emb.inv_freq, qwen2.model.rotary_emb.inv_freq)
+    assert analyze.other_dtype(other).dtype == torch.float32
 
 
 # ------------------------------------------------------------------------------------------------------------ analyses
@@ -378,6 +380,11 @@ def test_patch_and_its_figure(tokenizer, tmp_path, monkeypatch):
     assert difference == pytest.approx(found["Steer-V 0"]["over_skip_attn"]["value"])
     assert accuracy["Skip-Head 3"]["value"] == 0  # a random model
     assert "Skip-Attn keeps" in doc["reading"] and "of 12 heads differ" in doc["reading"]
+    assert (
+        0 < doc["floor"]["kl"] < 0.1 * found["base"]["kl"]
+        and f"{doc['floor']['kl']:.2g} nats a token" in doc["reading"]
+    )
+    assert ["floor: another dtype", "", f"{doc['floor']['kl']:.3g}", ""] in doc["table"][1]
     assert ["base", "0.0 [0.0, 0.0]"] in [row[:2] for row in doc["table"][1]]
     few = doc | {"accuracy": {name: accuracy[name] for name in doc["lines"]}}
     for name, given in ("few", few), ("all", doc):  # accuracies of the lines, and of every head
@@ -401,6 +408,33 @@ def test_accuracies_are_sampled_under_their_condition(tokenizer, tmp_path, monke
     assert analyze.under(lab, "base", partial(model.steer, lab.llm, {}), {}).value == 0
     steered = analyze.under(lab, "Skip-Layer", lines["Skip-Layer"], {1: vector()})
     assert steered.value == 0.5 and steered.interval == (0.5, 0.5)  # one right of two, for every problem
+    # kept are texts: another grader grades them again, and nothing is sampled
+    monkeypatch.setattr(model, "rollouts", None)
+    monkeypatch.setattr(analyze, "grade", lambda texts, golds: [1.0] * len(texts))
+    assert analyze.under(lab, "Skip-Layer", lines["Skip-Layer"], {1: vector()}).value == 1
+
+
+def test_accuracies_under_conditions_have_the_papers_protocol(tokenizer, tmp_path, monkeypatch):
+    """Every seed and every set, k answers each; greedily one."""
+    lab, asked = small_lab(tokenizer, [], tmp_path, seeds=(3, 8)), []
+    lab.sets = [lab.sets[0]._replace(name="few", samples=2), lab.sets[0].first(1)]
+
+    def rollouts(llm, tokenizer, vectors, problems, k, seed=None, **how):
+        asked.append((len(problems), k, seed, how["temperature"]))
+        first = k if seed == 3 else 0  # all right with one seed, none with the other
+        texts = [
+            rf"\boxed{{{row['answer'] if j < first else 'no'}}}"
+            for row in lab.sets[0].rows[: len(problems)]
+            for j in range(k)
+        ]
+        return model.Rollouts([], [], [], texts, None)
+
+    monkeypatch.setattr(model, "rollouts", rollouts)
+    assert analyze.under(lab, "x", partial(model.steer, lab.llm, {}), {}).value == 0.5
+    assert asked == [(4, 2, 3, 1.0), (4, 2, 8, 1.0), (1, 1, 3, 1.0), (1, 1, 8, 1.0)]
+    lab.args.temperature = 0.0
+    assert analyze.under(lab, "x", partial(model.steer, lab.llm, {}), {}).value == 0
+    assert asked[4:] == [(4, 1, 0, 0.0), (1, 1, 0, 0.0)]
 
 
 def test_the_first_layer_whose_attention_can_change():
