@@ -40,7 +40,7 @@ import model
 from data.estimate import Estimate, markdown
 from data.figures import draw, piece, quoted, spread
 from data.problems import Problems, benchmarks, problems_of, prompt_ids, segments
-from data.runs import checksum, config_of, identity, keep, kept, label_of, lines_of, write
+from data.runs import check_seed, checksum, config_of, identity, keep, kept, label_of, lines_of, write
 from evaluate import Subject, answers, grader, vectors_of
 from rewards import grade
 
@@ -51,7 +51,7 @@ class Config:
     name: tyro.conf.Positional[str]        # the analysis
     runs: tyro.conf.Positional[tuple[str, ...]] = ()  # run folders of train.py; report: their folder, out
     n: int | None = None                   # problems, the first of a file; default 100, of case 4; all of benchmarks
-    benchmarks: tuple[str, ...] = ()       # accuracies: mean over these data/NAME.jsonl, or all: the papers' six
+    benchmarks: tuple[str, ...] = ()       # accuracies: mean of data/NAME.jsonl; all: the papers' six; texts: the first
     seeds: tuple[int, ...] = ()            # of accuracies; default --seed alone, with --benchmarks 0 1 2 as evaluate.py
     data: str | None = None                # jsonl of {problem, answer} instead; default the run's held-out problems
     samples: int | None = None             # answers to each problem at T > 0; default 32 (AIME, AMC), 8 (GSM8K) or 1
@@ -149,8 +149,8 @@ class Lab:
         """The model, the problems and the seeds, for the caption."""
         seeds = self.seeds if ANALYSES[self.args.name].accuracies else (self.args.seed,)
         files = ", ".join(f"{problems.name} (n = {len(problems.rows)})" for problems in self.sets)
-        mean = "mean of " * (len(self.sets) > 1)
-        return f"{self.subject.name}; {mean}{files}; seed {', '.join(map(str, seeds))}" if files else self.subject.name
+        files = "mean of " * (len(self.sets) > 1) + files
+        return f"{self.subject.name}; {files}; seed {', '.join(map(str, seeds))}" if files else self.subject.name
 
     @property
     def key(self) -> dict:
@@ -161,7 +161,7 @@ class Lab:
             "grader": grader(),
             "subjects": [subject.key for subject in self.recipients or [self.subject]],
             "runs": [[str(run.folder), stamp(run)] for run in self.runs],
-            "problems": [[problems.name, problems.checksum, len(problems.rows)] for problems in self.sets],
+            "problems": [[one.name, one.checksum, len(one.rows), one.samples] for one in self.sets],
         }
 
     def over_sets(self, right, temperature: float) -> Estimate:
@@ -1250,15 +1250,15 @@ def check(args: Config) -> None:
             sys.exit(f"--{name.replace('_', '-')} wants at least 1, got {value}")
     if args.temperature < 0:
         sys.exit(f"--temperature wants a number from 0 up, got {args.temperature}")
+    check_seed(args.seed)
     if args.benchmarks and args.data:
         sys.exit("give either --benchmarks or --data")
     if not ANALYSES[args.name].accuracies and (len(args.benchmarks) > 1 or "all" in args.benchmarks):
         sys.exit(f"{args.name} reads answers to one file of problems: give one of the benchmarks")
     least, most, given = ANALYSES[args.name].least, ANALYSES[args.name].most, len(args.runs)
     if given < least or given > (most or given):
-        wanted = f"{least} run folders or more" if most is None else f"{least} to {most} run folders"
-        wanted = f"{least} run folder{'s' * (least > 1)}" if least == most else wanted
-        sys.exit(f"{args.name} wants {wanted}, got {given}: python analyze.py {args.name} out/NAME")
+        wanted = f"{least} or more" if most is None else f"{least} to {most}" if least < most else f"{least}"
+        sys.exit(f"{args.name} wants {wanted} run folders, got {given}: python analyze.py {args.name} out/NAME")
     if (args.name == "transfer") != bool(args.recipients):
         sys.exit("transfer, and only transfer, wants --recipients MODEL...")
 

@@ -27,7 +27,7 @@ import tyro
 
 import model
 import rewards
-from data.estimate import Estimate, summary, write_table
+from data.estimate import Estimate, average, summary, write_table  # noqa: F401
 from data.problems import PAPERS, Problems, prompt_ids, sets_of
 from data.runs import checksum, config_of, identity, keep, kept, weights_digest
 from rewards import grade
@@ -228,7 +228,7 @@ def measure(subject: Subject, vectors: dict, sets: list[Problems], args: Config,
         names = [problems.name for problems in sets]
         names = PAPERS if set(PAPERS) <= set(names) else names
         if len(names) > 1:
-            found["Avg", temperature] = {"accuracy": Estimate.mean([found[n, temperature]["accuracy"] for n in names])}
+            found["Avg", temperature] = average([found[name, temperature] for name in names])
     return found
 
 
@@ -263,7 +263,7 @@ def vectors_of(run, config: dict) -> tuple[dict, dict]:
 
 
 def main(args: Config) -> dict:
-    """Returns {(benchmark, temperature): {"base": summary, "steered": summary, "difference": ...}}."""
+    """Returns {(benchmark, temperature): {"base": summary, "steered": summary, "difference": ...}} or `checkpoints`."""
     check(args)
     run = {"model": args.model} if args.run is None else config_of(args.run)
     full = run.get("method") == "full"

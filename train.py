@@ -30,6 +30,7 @@ from typing import Literal
 import torch
 import tyro
 from torch import nn
+from torch.nn.functional import normalize
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -39,7 +40,17 @@ from data import parallel
 from data.compare import compare_with_base
 from data.parallel import AllWeights, batch_of_problems, log, rank, share, timed, tokens_of_all
 from data.problems import MATH_PROMPT, ROOT, Problems, authors_rate, problems_of, recipe
-from data.runs import begin, check, check_folder, lines_of, name_of_run, parse_layers, plot_reward, told_how_to_go_on
+from data.runs import (
+    begin,
+    check,
+    check_folder,
+    config_of,
+    lines_of,
+    name_of_run,
+    parse_layers,
+    plot_reward,
+    told_how_to_go_on,
+)
 from evaluate import Subject
 from rewards import grade, grading_timeouts
 
@@ -318,7 +329,8 @@ class Vectors:
         for place, s in self.values.items():
             s.grad = torch.zeros_like(s)  # never None: a process without rows takes part in the sum
             if rank() == 0:
-                print(f"layer {place}: size there {rms[place]:.2f}, learning rate {self.rates[place]:.3g} a step")
+                whose = "the authors' rate" if args.lr == "paper" and not args.lr_absolute else "learning rate"
+                print(f"layer {place}: size there {rms[place]:.2f}, {whose} {self.rates[place]:.3g} a step")
 
     def gathered(self) -> list[torch.Tensor]:
         """The gradients, summed over all processes."""
@@ -393,7 +405,7 @@ def earlier_directions(args: Config, llm, places: list) -> dict:
         for run, vectors in runs.items():
             if place not in vectors:
                 sys.exit(f"--orthogonal-to {run}: that run has no vector at {place}")
-        stack = torch.stack([vectors[place] for vectors in runs.values()], 1).double()  # (D, n)
+        stack = normalize(torch.stack([vectors[place] for vectors in runs.values()], 1).double(), dim=0)  # (D, n)
         if torch.linalg.matrix_rank(stack, rtol=1e-4) < len(runs):  # QR would complete the basis by any axis
             sys.exit(f"--orthogonal-to: the vectors of {', '.join(runs)} at {place} are zero or not independent")
         found[place] = torch.linalg.qr(stack).Q.T.float().to(llm.device)
@@ -405,8 +417,8 @@ def learning_rates(args: Config, rms: dict, values: dict) -> dict:
     Absolute learning rate for every trained tensor: {place: lr}. rms: {place: size of what is steered}.
 
     The default is the authors' rate, where data/paper.json has one. Else it is a share of the size there, 0.06 in 32
-    steps, as on the embedded model, and 0.06 sqrt(32 / steps) in more: where the gradient is noise, Adam walks at
-    random, 6 rates far in 32 steps and 17.5 in 314, and 17.5 * 0.06 is as long as the stream itself.
+    steps and 0.06 sqrt(32 / steps) in more: where the gradient is noise, Adam walks at random, 6 rates far in 32 steps
+    and 17.5 in 314, and 17.5 * 0.06 is as long as the stream itself. (The embedded model keeps 0.06 at any --steps.)
     A LoRA's A has entries of about 1 / (sqrt(F) RMS(x)), and its step is a share of that.
     """
     if args.lr_absolute is not None:
@@ -439,6 +451,7 @@ def open_run(args: Config) -> Run:
     args = replace(args, device=parallel.join_processes(args.device, args.prompts))
     subject = Subject.of_run({"model": args.model}, replace(args, context=None))
     layers = parse_layers(args.layer, subject.depth)  # exits before the model is loaded
+    args = replace(args, layer="all") if len(layers) == subject.depth > 1 else args
     subject.template = args.template or ("native" if subject.tokenizer.chat_template else "r1")
     subject.system = MATH_PROMPT if args.system is None else args.system
     args = replace(args, context=min(args.context, subject.context))
@@ -450,12 +463,14 @@ def open_run(args: Config) -> Run:
         sys.exit(f"--context {args.context}: only {len(fit)} problems have prompts that leave room for an answer")
     usual = epochs * (len(fit) // args.prompts)  # the warm-up is a share of it: more --steps change nothing before
     args = replace(args, steps=args.steps or usual, warmup=args.warmup or math.ceil(0.03 * usual))
+    out = Path(args.out or f"out/{name_of_run(args)}")
+    if args.resume and args.lr is None and (out / "config.json").is_file():
+        args = replace(args, lr=config_of(out)["lr"])  # it may depend on the steps, which may be more now
     if args.method != "full" and args.lr_absolute is None:
         known = all(authors_rate(args, layer) for layer in layers)
         if args.lr == "paper" and not known:
             sys.exit(f"--lr paper: data/paper.json has no rate for these layers of {args.model!r}; leave --lr out")
         args = replace(args, lr=args.lr or ("paper" if known else 0.06 * min(1, (32 / args.steps) ** 0.5)))
-    out = Path(args.out or f"out/{name_of_run(args)}")
     subject.folder = out.parent / "answers"
     return Run(args, out, fit, held_out, subject, save_every)
 

@@ -7,11 +7,15 @@ is too high. So `checkpoints` also chooses by training problems that no step has
 
 import json
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+
+import torch
 
 from data.estimate import Estimate, markdown
 from data.parallel import batch_of_problems
-from data.problems import Problems, problems_of
+from data.problems import Problems, problems_of, prompt_ids
 from data.runs import checksum, write
 from evaluate import answers, measure, vectors_of
 
@@ -47,26 +51,25 @@ def compare_with_base(subject, vectors: dict, problems: Problems, base: str, see
 def unseen(config: dict, steps: int, subject) -> Problems:
     """Problems of a run's training file that none of its steps drew, at most 400."""
     data = problems_of(config["data"])
-    fit = [row for row in data.rows if len(subject.prompt(row)) < config["context"]]
+    asked = partial(prompt_ids, subject.tokenizer, system=config.get("system"), template=config.get("template"))
+    fit = [row for row in data.rows if len(asked(row["problem"])) < config["context"]]  # as train.py has it
     drawn = [batch_of_problems(fit, config["prompts"], step, config["seed"]) for step in range(steps)]
     seen = {row["problem"] for batch in drawn for row in batch}
     rows = [row for row in fit if row["problem"] not in seen][:400]
     return Problems(f"unseen-{data.name}", rows, checksum(json.dumps(rows).encode()))
 
 
-def folders_of(run: Path, config: dict) -> dict[int, Path]:
+def folders_of(run: Path) -> dict[int, Path]:
     """{steps done: folder} of the checkpoints, and of the run itself, whose step is the last."""
     found = {int(path.name): path for path in sorted((run / "checkpoints").glob("[0-9]*")) if path.name.isdigit()}
     if not found:
         sys.exit(f"no checkpoints in {run}: train with --keep-every N, for example 53 as the authors")
-    last = config["steps"]
-    if config.get("method") != "full":
-        last = int(vectors_of(run, config)[1]["step"])
+    last = torch.load(run / "state.pt", map_location="cpu", weights_only=True, mmap=True)["step"]
     return found | {last: run}
 
 
 def chosen(test: dict[int, Estimate], validation: dict[int, Estimate]) -> dict[str, int]:
-    """Which step each rule takes: the last one, the best on unseen training problems, the best on the test problems."""
+    """The step that each rule takes: the last, the best on unseen training or on test problems, of equals the first."""
     rules = {"last": max(test)}
     if validation:
         rules["best on unseen training problems"] = max(validation, key=lambda step: validation[step].value)
@@ -80,17 +83,18 @@ def checkpoints(subject, config: dict, run: Path, sets: list[Problems], args) ->
     args: evaluate.py's. Test accuracy: the mean over `sets`, at the first of args.temperatures.
     Returns {"test", "validation": {step: Estimate}, "rules": {rule: step}, "difference": Estimate or None}.
     """
-    folders, test, validation = folders_of(run, config), {}, {}
-    T, others = args.temperatures[0], unseen(config, max(folders_of(run, config)), subject)
+    folders, test, validation = folders_of(run), {}, {}
+    T, others = args.temperatures[0], unseen(config, max(folders), subject)
     for step, folder in folders.items():
         vectors, _ = vectors_of(folder, config)
         if config.get("method") == "full":
             subject.swap(str(folder / "weights"))
-        found = measure(subject, vectors, sets, args, f"step {step}")
+        found = measure(subject, vectors, sets, replace(args, temperatures=(T,)), f"step {step}")
         parts = [found[problems.name, T]["accuracy"] for problems in sets]
         test[step] = parts[0] if len(parts) == 1 else Estimate.mean(parts)
         if others.rows:
-            right = answers(subject, vectors, others, 1, T, 0, bar=f"step {step}, {others.name}")["correct"]
+            bar = f"step {step}, {others.name}"
+            right = answers(subject, vectors, others, 1, T, 0, args.prefix, bar=bar)["correct"]
             validation[step] = Estimate.of(right)
     rules = chosen(test, validation)
     fair, optimistic = rules.get("best on unseen training problems", rules["last"]), rules["best on the test problems"]
@@ -107,8 +111,9 @@ def checkpoints(subject, config: dict, run: Path, sets: list[Problems], args) ->
     text += "The best on the test problems is how the authors choose; its own accuracy is too high, for the same "
     text += f"problems choose and measure. The choice adds {difference.text('+')} points here.\n"
     print(f"\n{text}")
-    write(run / "checkpoints.md", text)
+    out = Path(args.out or run)
+    write(out / "checkpoints.md", text)
     numbers = {"test": test, "validation": validation, "rules": rules, "difference": difference}
-    write(run / "checkpoints.json", json.dumps(numbers, indent=1, default=Estimate.json) + "\n")
-    print(f"wrote checkpoints.md and checkpoints.json to {run}")
+    write(out / "checkpoints.json", json.dumps(numbers, indent=1, default=Estimate.json) + "\n")
+    print(f"wrote checkpoints.md and checkpoints.json to {out}")
     return numbers

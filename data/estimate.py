@@ -89,6 +89,7 @@ def summary(results: list[dict]) -> dict:
     lengths = [length for r in results for row in r["lengths"] for length in row]
     return {
         "accuracy": Estimate.of(correct),
+        "by_seed": by_seed,
         "sd_over_seeds": statistics.pstdev(by_seed) if len(by_seed) > 1 else None,  # divisor n, as the papers
         "problems": len(correct),
         "samples": len(correct[0]),  # of all seeds together
@@ -97,6 +98,13 @@ def summary(results: list[dict]) -> dict:
         "tokens_mean": statistics.mean(lengths),
         "tokens_per_second": sum(lengths) / sum(sum(r["seconds"]) for r in results),
     }
+
+
+def average(found: list[dict]) -> dict:
+    """The mean of several benchmarks' summaries, and its standard deviation over seeds."""
+    by_seed = [statistics.mean(seed) for seed in zip(*(row["by_seed"] for row in found))]
+    mean = Estimate.mean([row["accuracy"] for row in found])
+    return {"accuracy": mean, "sd_over_seeds": statistics.pstdev(by_seed) if len(by_seed) > 1 else None}
 
 
 def cell(found: dict | None, sign: str = "") -> str:

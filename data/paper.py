@@ -65,7 +65,8 @@ def persistence(who: str) -> tuple:
         for row in PAPER[f"{table}.{kind}"]["rows"]:
             layer, values = row["layer"], row["value"]  # with nulls before the layer
             entry = found.setdefault(str(layer), {"layers": list(range(layer, len(values)))})
-            entry[kind] = [None if x is None else {"value": x} for x in values[layer:]]
+            name = {"diff_diff": "diff_diff_authors"}.get(kind, kind)  # theirs is the mean of the own text
+            entry[name] = [None if x is None else {"value": x} for x in values[layer:]]
     return {"depth": len(found), "by_layer": found}, f"v4, Table {table[-1]}"
 
 

@@ -65,8 +65,9 @@ def problems_of(path) -> Problems:
 
 def benchmarks(names: tuple[str, ...], trained_on: str | None = None) -> list[Problems]:
     """data/NAME.jsonl of these names, or of the papers' six for ("all",). trained_on: the data of the run."""
-    files = [ROOT / "data" / f"{name}.jsonl" for name in (PAPERS if names == ("all",) else names)]
-    if missing := [path.stem for path in files if not path.is_file()]:
+    names = [one for name in names for one in (PAPERS if name == "all" else [name])]
+    files = [ROOT / "data" / f"{name}.jsonl" for name in names]
+    if missing := [name for name, path in zip(names, files) if not path.is_file()]:
         sys.exit(f"no problems of {', '.join(missing)}: run `python data/prepare.py {' '.join(missing)}`")
     sets = [problems_of(path) for path in files]
     if Path(trained_on or "").stem in SMALLER:
@@ -76,13 +77,14 @@ def benchmarks(names: tuple[str, ...], trained_on: str | None = None) -> list[Pr
 
 def sets_of(args, run: dict) -> list[Problems]:
     """What evaluate.py's settings ask for (benchmarks, data, problems), for a run with this config."""
+    usual = run["model"] in FAMILY and run.get("data") in (None, "data/tiny/train.jsonl")
+    own = TINY / "test.jsonl" if usual else None
     if args.benchmarks:
         sets = benchmarks(args.benchmarks, run.get("data"))
-    elif args.data is None and run["model"] not in FAMILY:
-        wanted = "--benchmarks NAME... or --data FILE is needed"
-        sys.exit(f"{wanted}: only the embedded model has held-out problems of its own")
+    elif (file := args.data or run.get("held_out") or own) is None:
+        sys.exit("--benchmarks NAME... or --data FILE is needed: the run has no held-out problems")
     else:
-        sets = [problems_of(args.data or TINY / "test.jsonl")]
+        sets = [problems_of(file)]
     return [problems.first(args.problems) for problems in sets]
 
 
@@ -145,16 +147,17 @@ def authors(name: str, data: str) -> dict:
     """
     How the authors trained a model: prompts, samples, context, epochs, and "rates", their Adam steps.
 
-    rates: {"vector", "lora1", "lora4": at all layers, "full": all weights, "site": a vector after another module,
-    "vector_layers", "lora1_layers": {layer: rate} of single layers}. On GSM8K and MATH (B Table 6), else on DeepScaleR,
-    whose settings also serve data of one's own. {"rates": {}} for a model that they did not train.
+    rates: {"vector", "lora1", "lora4": at all layers, "full": all weights, "vector_layers", "lora1_layers": {layer:
+    rate} of single layers, "site": a vector at another site of a layer of "site_layers"}. On GSM8K and MATH (B Table
+    6), else on DeepScaleR, whose settings also serve data of one's own. {"rates": {}} for a model that they did not
+    train.
     """
     paper = json.loads((ROOT / "data" / "paper.json").read_text(encoding="utf-8"))
     found = of_paper(paper["recipes"], name)
     single, loras = of_paper(paper["lr"], name), found.get("lr_lora_all_layers", {})
     rates = {"vector": found.get("lr_all_layers")} | {f"lora{rank}": rate for rank, rate in loras.items()}
     rates |= {"vector_layers": single.get("layers", {}), "lora1_layers": single.get("lora1_layers", {})}
-    rates |= {kind: single.get(kind) for kind in ("full", "site")}
+    rates |= {kind: single.get(kind) for kind in ("full", "site", "site_layers")}
     rows = [row for row in paper["B.table6"]["rows"] if Path(row["model"]).name == Path(name).name]
     if rows := [row for row in rows if row["data"].lower() == Path(data).stem]:
         kinds = {"Steering": "vector", "LoRA-1": "lora1", "LoRA-4": "lora4", "Full-Tune": "full"}
@@ -166,13 +169,20 @@ def authors(name: str, data: str) -> dict:
 
 
 def authors_rate(args, layer: int) -> float | None:
-    """The authors' Adam step under train.py's settings for a place in this layer; None where paper.json has none."""
+    """
+    The authors' Adam step under train.py's settings for a place in this layer; None where paper.json has none.
+
+    They trained one layer, or all of them together, which has a rate of its own; nothing between.
+    """
     rates, kind = authors(args.model, args.data)["rates"], f"lora{args.rank}" if args.method == "lora" else "vector"
-    if args.site != "end":
-        return rates.get("site") if kind == "vector" else None
-    if args.layer == "all":  # all layers together have one rate of their own
-        return rates.get(kind)
-    return rates.get(f"{kind}_layers", {}).get(str(layer))
+    if args.layer == "all":
+        return rates.get(kind) if args.site == "end" else None
+    if "," in args.layer:
+        return None
+    if args.site == "end":
+        return rates.get(f"{kind}_layers", {}).get(str(layer))
+    known = kind == "vector" and args.site in ("input-norm", "attention", "post-attention-norm")  # P4 Fig. 10
+    return rates.get("site") if known and layer in rates.get("site_layers", []) else None
 
 
 def recipe(name: str, method: str = "vector", data: str | None = None) -> dict:

@@ -125,8 +125,7 @@ def check(args) -> None:
     for name in ("temperature", "lr", "lr_absolute", "clip"):
         if not 0 < given.get(name, 1) < 1e30:  # the numbers of the model are float32
             sys.exit(f"{flag(name)} wants a number above 0 and below 1e30, got {given[name]}")
-    if not 0 <= args.seed < 2**63:
-        sys.exit(f"--seed wants a whole number from 0 to 2^63 - 1, got {args.seed}")
+    check_seed(args.seed)
     for name in {"lora": ("orthogonal_to",), "full": ("site", "where", "orthogonal_to", "init")}.get(args.method, ()):
         if getattr(args, name) != getattr(type(args), name):
             sys.exit(f"{flag(name)} goes with --method vector, not with {args.method}")
@@ -141,6 +140,11 @@ def check(args) -> None:
     if args.dtype == "float16":
         underflow = "gradients divided by all tokens of a batch underflow there"
         sys.exit(f"--dtype float16: {underflow}; use bfloat16 or float32")
+
+
+def check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**63:  # torch takes no more
+        sys.exit(f"--seed wants a whole number from 0 to 2^63 - 1, got {seed}")
 
 
 def flag(name: str) -> str:

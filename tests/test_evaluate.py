@@ -209,6 +209,10 @@ def test_summary_difference_and_average_by_hand():
     assert (got["accuracy"].value, got["problems"], got["samples"]) == (0.5, 2, 4)
     assert (got["accuracy"].draws == Estimate.of([[1, 1, 0, 1], [0, 1, 0, 0]]).draws).all()
     assert got["sd_over_seeds"] == pytest.approx(0.25)  # divisor 2, the number of seeds
+    other = evaluate.summary([result([[1], [1]]), result([[1], [0]])])  # 1 and 1/2 by seed
+    mean = evaluate.average([got, other])  # 7/8 and 3/8
+    assert got["by_seed"] == [0.75, 0.25] and mean["sd_over_seeds"] == pytest.approx(0.25)
+    assert mean["accuracy"].value == pytest.approx(0.625)
     assert (got["truncated"], got["tokens_mean"], got["tokens_per_second"]) == (2 / 8, 5.0, 10.0)
     assert got["accuracy"].interval == (0.25, 0.75)  # both the worse one, one of each, both the better one
 
@@ -274,6 +278,7 @@ def test_all_benchmarks_and_their_samples(run, monkeypatch, capsys, tmp_path):
     assert found["Avg", 1.0]["steered"]["accuracy"].value == pytest.approx(sum(steered) / 6)
     table = (run / "eval.md").read_text()
     assert table.count(" AVG@32 ") == 3 and table.count(" PASS@1 ") == 9 and " ±" in table
+    assert all("±" in line for line in table.splitlines() if line.startswith("| Avg") and "T = 1" in line)
     assert table.count("| Avg ") == 2 and "| aime24 " in table and table.split("\n\n")[1] in capsys.readouterr().out
     found = evaluate.main(config(run, benchmarks=("gsm8k_test",), temperatures=(1.0,), max_tokens=2))
     assert found["gsm8k_test", 1.0]["steered"]["samples"] == 24 and ("Avg", 1.0) not in found
@@ -297,6 +302,11 @@ def test_own_data_and_table(run, tmp_path, capsys):
     assert all(gold.isdigit() for gold in golds)
     data = tmp_path / "mine.jsonl"
     data.write_text("".join(json.dumps({"problem": t, "answer": g}) + "\n" for t, g in zip(texts, golds)))
+    own = evaluate.Config(run="x", problems=1)  # a run's own problems: those held out, else none but what is asked for
+    assert problem_files.sets_of(own, {"model": "tiny", "data": "x", "held_out": str(data)})[0].name == "mine"
+    assert problem_files.sets_of(own, {"model": "tiny", "data": "data/tiny/train.jsonl"})[0].name == "test"
+    with pytest.raises(SystemExit, match="--data FILE is needed: the run has no held-out problems"):
+        problem_files.sets_of(own, {"model": "tiny", "data": "x", "held_out": None})
     settings = config(None, model="tiny", data=str(data), prefix="To", out=str(tmp_path))
     assert evaluate.main(settings)["mine", 0.0]["base"]["accuracy"].value == 1
     assert [found["correct"] for _, found in stored()] == [[[1], [1]]]
@@ -321,6 +331,7 @@ def test_errors_give_one_line(tmp_path):
         ({"model": "tiny", "problems": 0}, "--problems wants at least 1, got 0"),
         ({"model": "tiny", "temperatures": (-1.0,)}, "--temperatures wants one or more"),
         ({"model": "some/other"}, "--benchmarks NAME... or --data FILE is needed"),
+        ({"model": "tiny", "benchmarks": ("tiny/chain9",)}, "no problems of tiny/chain9"),
         ({"model": "tiny", "data": str(tmp_path / "none.jsonl")}, "no problems at"),
         ({"model": "tiny", "data": "x", "benchmarks": ("aime24",)}, "either --benchmarks or --data"),
         (

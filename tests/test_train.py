@@ -255,6 +255,10 @@ RATES = [  # model, settings, layer, rate: layers.py and configs of the authors'
     ("Qwen2.5-Math-7B", {}, 27, 0.1),
     ("Qwen2.5-Math-7B", {"layer": "all"}, 27, 1e-3),
     ("Qwen2.5-Math-7B", {"site": "attention"}, 25, 0.05),
+    ("Qwen2.5-Math-7B", {"site": "attention"}, 0, None),  # theirs were between layers 24 and 25
+    ("Qwen2.5-Math-7B", {"site": "self_attn.q_proj"}, 25, None),
+    ("Qwen2.5-Math-7B", {"site": "attention", "layer": "all"}, 25, None),
+    ("Qwen2.5-Math-7B", {"layer": "3,14"}, 14, None),  # one layer or all together, nothing between
     ("Qwen2.5-Math-7B", {"method": "lora"}, 0, 5e-3),
     ("Qwen2.5-Math-7B", {"method": "lora", "layer": "all"}, 0, 1e-4),
     ("Qwen2.5-Math-7B", {"method": "lora", "layer": "all", "rank": 4}, 0, 1e-4),
@@ -326,12 +330,22 @@ def test_the_default_rate_of_a_real_model(real):
             adam.step()
         reached[steps] = s.detach().norm().item() / 1000**0.5  # |s| / |h| where RMS(h) = 1
     assert reached[400] < 0.5 and reached[400] < 1.25 * reached[32] and reached["unscaled"] > 1
+    run = opened(real, "Qwen2.5-Math-7B", layer="0,1,2")  # all layers, written out
+    assert run.args.layer == "all" and run.args.lr == "paper" and authors_rate(run.args, 2) == 1e-3
     with pytest.raises(SystemExit, match="--lr paper: data/paper.json has no rate for these layers of '.*other'"):
         opened(real, "other", lr="paper")
     gsm8k = real / "gsm8k.jsonl"
     gsm8k.write_bytes((real / "mine.jsonl").read_bytes())
     run = opened(real, "other", data=str(gsm8k))
     assert run.args.steps == 400  # one epoch: B did not train this model
+
+
+def test_more_steps_of_a_run_keep_its_rate(real, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"lr": 0.03}))
+    how = dict(steps=999, out=str(tmp_path))
+    assert opened(real, "other", resume=True, **how).args.lr == 0.03
+    assert opened(real, "other", resume=True, lr=0.01, **how).args.lr == 0.01
+    assert opened(real, "other", **how).args.lr == pytest.approx(0.06 * (32 / 999) ** 0.5)
 
 
 def test_a_lora_starts_as_peft_does_under_the_authors_rates(real):
@@ -701,13 +715,16 @@ def test_vectors_that_span_no_direction_are_refused(tmp_path):
     llm, _ = model.load("tiny", device="cpu")
     torch.manual_seed(0)
     s = torch.randn(64)
-    for name, given in (("one", s), ("parallel", -2 * s), ("zero", 0 * s)):
+    for name, given in (("one", s), ("parallel", -2 * s), ("zero", 0 * s), ("long", 1e5 * torch.randn(64))):
         (tmp_path / name).mkdir()
         model.save_vectors(tmp_path / name / "vectors.safetensors", {27: given}, llm, "tiny", 1)
     for name in ("parallel", "zero"):
         earlier = (str(tmp_path / "one"), str(tmp_path / name))
         with pytest.raises(SystemExit, match="at 27 are zero or not independent"):
             train.main(settings(tmp_path / "two", orthogonal_to=earlier))
+    earlier = train.Config(orthogonal_to=(str(tmp_path / "one"), str(tmp_path / "long")))  # only the lengths differ
+    basis = train.earlier_directions(earlier, llm, [27])[27]
+    torch.testing.assert_close(basis @ basis.T, torch.eye(2))
 
 
 def test_init_continues_and_keeps_what_is_not_trained(tmp_path):
