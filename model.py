@@ -37,7 +37,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.utils import logging
 
 from data.problems import prompt_ids
-from data.runs import FAMILY, TINY, source_of, written  # noqa: F401
+from data.runs import FAMILY, TINY, base_checksum, source_of, written  # noqa: F401
 from data.vllm_model import VLLM_MODELS, register_vllm_models
 
 # ---------------------------------------------------------------------------------------------------------- the model
@@ -468,19 +468,29 @@ def batches(lengths: list[int], budget: int) -> list[list[int]]:
 # -------------------------------------------------------------------------------------------------------- their files
 
 
-def save_vectors(path, vectors: dict, llm, model: str, step: int) -> None:
-    """Write vectors as safetensors ("layers.27", "layers.25.attention": fp32); the metadata says whose they are."""
-    sites = {"lora" if split(place).matrix else split(place).site for place in vectors}
-    metadata = {
-        "model": model,
-        "width": str(llm.config.hidden_size),
-        "num_layers": str(len(decoder_layers(llm))),
+def metadata_of(vectors: dict, config, model: str, step) -> dict[str, str]:
+    """What a file of vectors says about itself, and what is exported from it. config: of the model."""
+    places = [split(place) for place in vectors]
+    sites = {"lora" if place.matrix else place.site for place in places}
+    return {
+        "operation": "add",  # to the output of the site; a LoRA adds B A x, x its input
+        "layers": ", ".join(map(str, sorted({place.layer for place in places}))),
+        "layer_numbers": "0-based; the end of layer is the output of the decoder layer",
         "site": ", ".join(sorted(sites)).replace("end", "end of layer"),
+        "positions": ", ".join(sorted({place.where for place in places})),  # answer: from the prompt's last token on
+        "model": model,
+        "model_checksum": base_checksum(model, config),
+        "width": str(config.hidden_size),
+        "num_layers": str(config.num_hidden_layers),
         "step": str(step),
     }
+
+
+def save_vectors(path, vectors: dict, llm, model: str, step: int) -> None:
+    """Write vectors as safetensors ("layers.27", "layers.25.attention": fp32); the metadata says whose they are."""
     tensors = {f"layers.{place}": s.detach().float().cpu().contiguous() for place, s in vectors.items()}
     with written(path) as new:
-        save_file(tensors, new, metadata)
+        save_file(tensors, new, metadata_of(vectors, llm.config, model, step))
 
 
 def load_vectors(path, config, model: str | None = None) -> tuple[dict, dict[str, str]]:
@@ -707,3 +717,11 @@ def open_engine(name: str, llm, prompts: list[list[int]], context: int, vectors:
     engine = VLLM(name, llm, context, lora_rank=max(ranks, default=0), **how)
     engine.self_test(llm, [p for p in prompts if len(p) + 32 < context])
     return engine
+
+
+if __name__ == "__main__":  # python model.py RUN --to peft: a run for other programs
+    import tyro
+
+    from data.export import export
+
+    tyro.cli(export)

@@ -99,6 +99,12 @@ def weights_digest(folder: Path, size: int = 1 << 20) -> str:
     return checksum(b"".join(parts))
 
 
+def base_checksum(name: str, config) -> str:
+    """A checksum of a model's weights: of a folder its files', of a hub model the commit, as its config has it."""
+    source = source_of(name)
+    return weights_digest(source) if isinstance(source, Path) else config._commit_hash or "unknown"
+
+
 def kept(path: Path, key: dict):
     """What was written there for this key, or None. Of two keys that share a file's name the later one stays."""
     saved = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

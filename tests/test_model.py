@@ -524,7 +524,9 @@ def test_vectors_survive_the_file_bit_for_bit(qwen2, tmp_path):
     model.save_vectors(tmp_path / "v.safetensors", vectors, qwen2, "some/model", step=5)
     got, meta = model.load_vectors(tmp_path / "v.safetensors", qwen2.config, "some/model")
     assert list(got) == [0, 2] and all(torch.equal(got[layer], vectors[layer]) for layer in got)
-    assert meta == {"model": "some/model", "width": "32", "num_layers": "3", "site": "end of layer", "step": "5"}
+    numbers = {"width": "32", "num_layers": "3", "step": "5", "layers": "0, 2"}
+    says = {"operation": "add", "positions": "all", "site": "end of layer", "model_checksum": "unknown"}
+    assert meta.pop("layer_numbers").startswith("0-based") and meta == numbers | says | {"model": "some/model"}
     assert not list(tmp_path.glob("*.tmp"))
 
 

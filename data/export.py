@@ -1,0 +1,306 @@
+"""
+A run for other programs: what was trained, in four formats. Every file says what it is: model.py:metadata_of.
+
+$ python model.py out/tiny-layer27 --to peft          # an adapter folder with a model card, for PeftModel and the hub
+$ python model.py out/tiny-layer27 --to vllm          # a model folder for stock vLLM; the weights are links
+$ python model.py out/tiny-layer27 --to gguf          # a control vector for llama.cpp, repeng and EasySteer
+$ python model.py out/tiny-layer27 --to transformers  # prints the lines that add it to a Hugging Face model
+
+A vector at the end of a layer is a bias of mlp.down_proj, one after attention a bias of self_attn.o_proj. peft and vllm
+hold it as that. What a format cannot hold is refused, never left out.
+"""
+
+import json
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers.utils import cached_file
+
+import model
+from data.runs import base_checksum, config_of, label_of, source_of, write, written
+
+
+@dataclass
+class Trained:
+    run: Path
+    settings: dict  # config.json
+    vectors: dict
+    meta: dict[str, str]
+    llm: torch.nn.Module  # the base model without its weights, for the names and sizes of its modules
+
+    @property
+    def base(self):
+        """The folder of a local base model, or a hub id."""
+        return source_of(self.settings["model"])
+
+
+def export(
+    run: tyro.conf.Positional[str], to: Literal["peft", "vllm", "gguf", "transformers"], out: str | None = None
+) -> None:
+    """
+    Write a trained run for other programs.
+
+    Args:
+        run: run folder of train.py.
+        to: an adapter folder, a model folder, a control vector for llama.cpp, or lines of Python, which are printed.
+        out: where; default RUN/peft, RUN/vllm or RUN/vector.gguf.
+    """
+    settings = config_of(run)
+    if settings.get("method") == "full":
+        sys.exit(f"all weights of {run} were trained: {run}/weights is a model folder, which others load as it is")
+    name, file = settings["model"], Path(run) / "vectors.safetensors"
+    config = model.load_config(name)
+    vectors, meta = model.load_vectors(file, config, name)
+    now = base_checksum(name, config)
+    if (then := meta.get("model_checksum", now)) != now:
+        print(f"mind: the weights of {name!r} are not those that {run} was trained with (checksum {now}, then {then})")
+    meta = model.metadata_of(vectors, config, name, meta["step"]) | meta  # older files say less
+    with torch.device("meta"):
+        trained = Trained(Path(run), settings, vectors, meta, AutoModelForCausalLM.from_config(config))
+    write_it, default = FORMATS[to]
+    path = Path(out or Path(run) / default)
+    write_it(trained, path)
+    if to != "transformers":
+        print(f"wrote {path}")
+
+
+def linear_modules(trained: Trained) -> dict[str, dict]:
+    """
+    {"model.layers.27.mlp.down_proj": {"bias": s}}, of a LoRA {..: {"lora_A": A, "lora_B": B}}.
+
+    Two vectors of one module, such as 27 and "27.mlp.down_proj", are added up.
+    """
+    found, names = {}, {module: name for name, module in trained.llm.named_modules()}
+    for place, s in trained.vectors.items():
+        module = model.site_module(trained.llm, place)
+        module = getattr(module, "down_proj", module)  # of an MLP: its output is that of its last module
+        if model.split(place).where != "all":
+            sys.exit(
+                f"{place}: a bias acts at every position; nothing but this repository knows where an answer begins"
+            )
+        if not isinstance(module, torch.nn.Linear):
+            sys.exit(f"{place}: no linear module has this output, so it is no bias; --to transformers can add it")
+        part, kind = found.setdefault(names[module], {}), model.split(place).matrix or "bias"
+        part[kind] = part[kind] + s if kind == "bias" and kind in part else s
+    return found
+
+
+# --------------------------------------------------------------------------------------------------------------- peft
+
+
+def to_peft(trained: Trained, path: Path) -> None:
+    """A folder for PeftModel.from_pretrained: BEFT adds a bias to a linear module; of a LoRA run a plain LoRA."""
+    try:
+        import peft
+    except ImportError:
+        sys.exit("--to peft needs peft: pip install peft==0.21.2")
+    parts = linear_modules(trained)
+    kinds = {tuple(sorted(part)) for part in parts.values()}
+    ranks = {part["lora_A"].shape[0] for part in parts.values() if "lora_A" in part}
+    if len(kinds) > 1 or len(ranks) > 1:
+        sys.exit("--to peft: an adapter holds vectors, or LoRAs of one rank; this run has several kinds")
+    how = dict(task_type="CAUSAL_LM", base_model_name_or_path=str(trained.base), inference_mode=True)
+    how["target_modules"] = list(parts)
+    if ranks:
+        rank = ranks.pop()
+        config = peft.LoraConfig(r=rank, lora_alpha=rank, **how)  # it adds alpha / r B A x
+    else:
+        config = peft.BeftConfig(**how)
+    tensors = {}
+    for name, part in parts.items():
+        for kind, s in part.items():
+            key, s = ("beft_bias", s[None]) if kind == "bias" else (f"{kind}.weight", s)
+            tensors[f"base_model.model.{name}.{key}"] = s.contiguous()
+    with written(path) as new:
+        config.save_pretrained(new)
+        save_file(tensors, new / "adapter_model.safetensors", trained.meta | {"format": "pt"})
+        write(new / "README.md", model_card(trained))
+
+
+def model_card(trained: Trained) -> str:
+    """What the adapter is, how it was trained and measured, how it is loaded."""
+    settings, measured = trained.settings, trained.run / "eval.md"
+    base = trained.base if isinstance(trained.base, str) else None  # a card may name a model of the hub only
+    names = ("data", "steps", "prompts", "samples", "temperature", "lr", "lr_absolute", "clip", "seed", "dtype")
+    trained_with = {name: settings.get(name) for name in (*names, "reward", "template", "system")}
+    table = lambda rows: "\n".join(f"| {key} | {value} |" for key, value in rows.items() if value is not None)  # noqa: E731
+    return CARD.format(
+        base_model=f"base_model: {base}\n" if base else "",
+        name=settings["model"],
+        what="A LoRA" if settings.get("method") == "lora" else "A steering vector",
+        label=label_of(settings),
+        about=table({key.replace("_", " "): value for key, value in trained.meta.items()}),
+        settings=table(trained_with),
+        accuracy=measured.read_text(encoding="utf-8").strip() if measured.is_file() else "Not measured.",
+        source=base or "PATH OF THE BASE MODEL",
+    )
+
+
+CARD = """---
+{base_model}library_name: peft
+pipeline_tag: text-generation
+tags: [steering-vector, rloo]
+---
+# {what} for {name}, layer {label}
+
+Trained with RLOO on maths problems while the model was frozen, as in
+[Small Vectors, Big Effects](https://arxiv.org/abs/2509.06608). The adapter adds it to the output of the modules that
+`adapter_config.json` names, at every position, prompt included.
+
+| | |
+|---|---|
+{about}
+
+## Training
+
+| | |
+|---|---|
+{settings}
+
+template and system: how the prompt was made. Another prompt is another model.
+
+## Accuracy
+
+{accuracy}
+
+## How to load
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+llm = AutoModelForCausalLM.from_pretrained("{source}")
+llm = PeftModel.from_pretrained(llm, "THIS FOLDER")
+```
+
+PEFT cannot merge a bias into a module without one: load it as above.
+"""
+
+
+# --------------------------------------------------------------------------------------------------------------- vLLM
+
+AS_LLAMA = ("llama", "qwen2", "mistral")  # a Llama with biases computes what these do
+TOKENIZER = ("tokenizer", "chat_template", "special_tokens_map", "added_tokens", "vocab", "merges", "generation_config")
+
+
+def to_vllm(trained: Trained, path: Path) -> None:
+    """A model folder: a Llama whose biases hold the vectors. Only they are new; the base's files are linked."""
+    config, parts = trained.llm.config, linear_modules(trained)
+    if any("lora_A" in part for part in parts.values()):
+        how = "--to peft, then `vllm serve BASE --enable-lora --lora-modules NAME=FOLDER`"
+        sys.exit(f"--to vllm: vLLM loads a LoRA beside its base model: {how}")
+    if config.model_type not in AS_LLAMA or getattr(config, "sliding_window", None):
+        instead = "the plugin vllm-lens adds vectors there (SteeringVector with norm_match=False, without CUDA graphs)"
+        sys.exit(
+            f"--to vllm: vLLM has no architecture that is a {config.model_type} of this kind with biases; {instead}"
+        )
+    base = Path(cached_file(trained.base, "config.json")).parent.absolute()
+    if (index := base / "model.safetensors.index.json").is_file():
+        shards = json.loads(index.read_text())["weight_map"]
+    else:
+        with safe_open(base / "model.safetensors", "pt") as file:
+            shards = dict.fromkeys(file.keys(), "model.safetensors")
+    biases = {}  # of every linear module: vLLM wants each parameter of the architecture
+    for name, module in trained.llm.get_decoder().named_modules(prefix="model"):
+        if isinstance(module, torch.nn.Linear) and f"{name}.bias" not in shards:
+            biases[f"{name}.bias"] = parts.pop(name, {}).get("bias", torch.zeros(module.out_features))
+    if parts:
+        sys.exit(f"--to vllm: {min(parts)} of the base has a bias already; --to peft adds a second one")
+    stock, given = LlamaConfig().to_dict(), json.loads((base / "config.json").read_text(encoding="utf-8"))
+    # what the file leaves to the defaults of its own class, then what it says; older files have the last two keys
+    settings = {key: value for key, value in config.to_dict().items() if value != stock.get(key, value)}
+    settings |= {key: given[key] for key in given if key in (*stock, "rope_theta", "rope_scaling")}
+    settings |= {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "mlp_bias": True, "attention_bias": True}
+    settings.pop("_name_or_path", None)
+    # other names, because transformers takes a file model.safetensors for the whole model
+    weight_map = {name: f"base-{file}" for name, file in shards.items()} | dict.fromkeys(biases, "steering.safetensors")
+    with written(path) as new:
+        shutil.rmtree(new, ignore_errors=True)  # of an export that was stopped
+        new.mkdir()
+        for file in set(shards.values()):
+            (new / f"base-{file}").symlink_to(base / file)
+        for file in base.iterdir():
+            if file.name.startswith(TOKENIZER):
+                (new / file.name).symlink_to(file)
+        save_file(biases, new / "steering.safetensors", trained.meta | {"format": "pt"})
+        write(new / "config.json", json.dumps(settings, indent=2) + "\n")
+        text = json.dumps({"metadata": trained.meta, "weight_map": weight_map}, indent=2)
+        write(new / "model.safetensors.index.json", text + "\n")
+
+
+# ---------------------------------------------------------------------------------------- llama.cpp, plain transformers
+
+
+def at_the_end(trained: Trained, place) -> bool:
+    """Whether a vector is added to the output of a decoder layer, at every position."""
+    pre_norm = trained.llm.config.model_type in model.PRE_NORM
+    return model.split(place).where == "all" and (
+        model.split(place).site == "end" or (pre_norm and model.engine_site(place) == "end")
+    )
+
+
+def to_gguf(trained: Trained, path: Path) -> None:
+    """A control vector: direction.N is added to the output of layer N, 0-based, by llama.cpp, repeng and EasySteer."""
+    try:
+        from gguf import GGUFWriter
+    except ImportError:
+        sys.exit("--to gguf needs gguf: pip install gguf==0.19.0")
+    directions = {}
+    for place, s in trained.vectors.items():
+        if not at_the_end(trained, place):
+            sys.exit(f"--to gguf: a control vector acts at the end of layers, and {place} does not; --to peft")
+        layer = model.split(place).layer
+        directions[layer] = directions.get(layer, 0) + s
+    if 0 in directions:
+        reason = "llama.cpp has no room for a control vector there and loads none of a file that has one"
+        sys.exit(f"--to gguf: layer 0 cannot be held, {reason}; --to vllm or peft")
+    with written(path) as new:
+        writer = GGUFWriter(new, "controlvector")
+        writer.add_string("controlvector.model_hint", trained.llm.config.model_type)
+        writer.add_uint32("controlvector.layer_count", len(directions))
+        for key, value in trained.meta.items():
+            writer.add_string(f"steering.{key}", value)
+        for layer, s in sorted(directions.items()):
+            writer.add_tensor(f"direction.{layer}", s.numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+
+def to_transformers(trained: Trained, path: Path) -> None:
+    """Print the lines that steer a loaded model `llm`, and a TransformerBridge of TransformerLens 4.3."""
+    names = {module: name for name, module in trained.llm.named_modules()}
+    print(f'import safetensors.torch; s = safetensors.torch.load_file("{trained.run}/vectors.safetensors")')
+    for place in trained.vectors:
+        at = model.split(place)
+        if at.where != "all":
+            sys.exit(f"{place}: a plain hook acts at every position; only `model.sample` knows where an answer begins")
+        if at.matrix == "lora_B":
+            continue  # goes with its A
+        step = f's["layers.{place}"].to(h)'
+        if at.matrix:
+            step = f's["layers.{place}"].T.to(h)'
+            step = f"x[0] @ {step} @ {step.replace('lora_A', 'lora_B')}"
+        module = names[model.site_module(trained.llm, place)]
+        print(f'llm.get_submodule("{module}").register_forward_hook(lambda module, x, h: h + {step})')
+    for place in trained.vectors:
+        if at_the_end(trained, place):
+            hook = f'"blocks.{model.split(place).layer}.hook_out", lambda h, hook: h + s["layers.{place}"].to(h)'
+            print(f"bridge.add_hook({hook})  # TransformerLens 4.3")
+
+
+FORMATS = {
+    "peft": (to_peft, "peft"),
+    "vllm": (to_vllm, "vllm"),
+    "gguf": (to_gguf, "vector.gguf"),
+    "transformers": (to_transformers, ""),
+}
