@@ -14,6 +14,7 @@ import json
 import shutil
 import sys
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Literal
 
@@ -21,7 +22,7 @@ import torch
 import tyro
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM
 from transformers.utils import cached_file
 
 import model
@@ -72,6 +73,13 @@ def export(
         print(f"wrote {path}")
 
 
+def library(name: str, version: str):
+    try:
+        return import_module(name)
+    except ImportError as error:
+        sys.exit(f"--to {name} needs the package {name} ({error}): pip install {name}=={version}")
+
+
 def linear_modules(trained: Trained) -> dict[str, dict]:
     """
     {"model.layers.27.mlp.down_proj": {"bias": s}}, of a LoRA {..: {"lora_A": A, "lora_B": B}}.
@@ -98,11 +106,7 @@ def linear_modules(trained: Trained) -> dict[str, dict]:
 
 def to_peft(trained: Trained, path: Path) -> None:
     """A folder for PeftModel.from_pretrained: BEFT adds a bias to a linear module; of a LoRA run a plain LoRA."""
-    try:
-        import peft
-    except ImportError:
-        sys.exit("--to peft needs peft: pip install peft==0.21.2")
-    parts = linear_modules(trained)
+    peft, parts = library("peft", "0.21.2"), linear_modules(trained)
     kinds = {tuple(sorted(part)) for part in parts.values()}
     ranks = {part["lora_A"].shape[0] for part in parts.values() if "lora_A" in part}
     if len(kinds) > 1 or len(ranks) > 1:
@@ -181,13 +185,14 @@ llm = AutoModelForCausalLM.from_pretrained("{source}")
 llm = PeftModel.from_pretrained(llm, "THIS FOLDER")
 ```
 
-PEFT cannot merge a bias into a module without one: load it as above.
+A bias cannot be merged into a module that has none: load it as above.
 """
 
 
 # --------------------------------------------------------------------------------------------------------------- vLLM
 
 AS_LLAMA = ("llama", "qwen2", "mistral")  # a Llama with biases computes what these do
+NO_LLAMA = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types", "_name_or_path")
 TOKENIZER = ("tokenizer", "chat_template", "special_tokens_map", "added_tokens", "vocab", "merges", "generation_config")
 
 
@@ -203,37 +208,38 @@ def to_vllm(trained: Trained, path: Path) -> None:
             f"--to vllm: vLLM has no architecture that is a {config.model_type} of this kind with biases; {instead}"
         )
     base = Path(cached_file(trained.base, "config.json")).parent.absolute()
-    if (index := base / "model.safetensors.index.json").is_file():
-        shards = json.loads(index.read_text())["weight_map"]
-    else:
-        with safe_open(base / "model.safetensors", "pt") as file:
-            shards = dict.fromkeys(file.keys(), "model.safetensors")
-    biases = {}  # of every linear module: vLLM wants each parameter of the architecture
+    shards, biases = shards_of(base), {}
     for name, module in trained.llm.get_decoder().named_modules(prefix="model"):
-        if isinstance(module, torch.nn.Linear) and f"{name}.bias" not in shards:
+        if isinstance(module, torch.nn.Linear) and f"{name}.bias" not in shards:  # vLLM wants every one, zeros too
             biases[f"{name}.bias"] = parts.pop(name, {}).get("bias", torch.zeros(module.out_features))
     if parts:
         sys.exit(f"--to vllm: {min(parts)} of the base has a bias already; --to peft adds a second one")
-    stock, given = LlamaConfig().to_dict(), json.loads((base / "config.json").read_text(encoding="utf-8"))
-    # what the file leaves to the defaults of its own class, then what it says; older files have the last two keys
-    settings = {key: value for key, value in config.to_dict().items() if value != stock.get(key, value)}
-    settings |= {key: given[key] for key in given if key in (*stock, "rope_theta", "rope_scaling")}
+    # of the base: what its class has by default, then its file as it stands, for readers of any age
+    settings = config.to_dict() | json.loads((base / "config.json").read_text(encoding="utf-8"))
+    settings = {key: value for key, value in settings.items() if key not in NO_LLAMA}
     settings |= {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "mlp_bias": True, "attention_bias": True}
-    settings.pop("_name_or_path", None)
-    # other names, because transformers takes a file model.safetensors for the whole model
+    # links of other names, because transformers takes a file model.safetensors for the whole model
     weight_map = {name: f"base-{file}" for name, file in shards.items()} | dict.fromkeys(biases, "steering.safetensors")
+    links = {f"base-{file}": base / file for file in shards.values()}
+    links |= {file.name: file for file in base.iterdir() if file.name.startswith(TOKENIZER)}
     with written(path) as new:
         shutil.rmtree(new, ignore_errors=True)  # of an export that was stopped
         new.mkdir()
-        for file in set(shards.values()):
-            (new / f"base-{file}").symlink_to(base / file)
-        for file in base.iterdir():
-            if file.name.startswith(TOKENIZER):
-                (new / file.name).symlink_to(file)
+        for name, file in links.items():
+            (new / name).symlink_to(file)
         save_file(biases, new / "steering.safetensors", trained.meta | {"format": "pt"})
-        write(new / "config.json", json.dumps(settings, indent=2) + "\n")
-        text = json.dumps({"metadata": trained.meta, "weight_map": weight_map}, indent=2)
-        write(new / "model.safetensors.index.json", text + "\n")
+        write(new / "config.json", json.dumps(settings, indent=2))
+        index = {"metadata": trained.meta, "weight_map": weight_map}
+        write(new / "model.safetensors.index.json", json.dumps(index, indent=2))
+
+
+def shards_of(folder: Path) -> dict[str, str]:
+    """{tensor: the file of a model folder that holds it}."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        return dict.fromkeys(file.keys(), "model.safetensors")
 
 
 # ---------------------------------------------------------------------------------------- llama.cpp, plain transformers
@@ -249,11 +255,7 @@ def at_the_end(trained: Trained, place) -> bool:
 
 def to_gguf(trained: Trained, path: Path) -> None:
     """A control vector: direction.N is added to the output of layer N, 0-based, by llama.cpp, repeng and EasySteer."""
-    try:
-        from gguf import GGUFWriter
-    except ImportError:
-        sys.exit("--to gguf needs gguf: pip install gguf==0.19.0")
-    directions = {}
+    gguf, directions = library("gguf", "0.19.0"), {}
     for place, s in trained.vectors.items():
         if not at_the_end(trained, place):
             sys.exit(f"--to gguf: a control vector acts at the end of layers, and {place} does not; --to peft")
@@ -263,7 +265,7 @@ def to_gguf(trained: Trained, path: Path) -> None:
         reason = "llama.cpp has no room for a control vector there and loads none of a file that has one"
         sys.exit(f"--to gguf: layer 0 cannot be held, {reason}; --to vllm or peft")
     with written(path) as new:
-        writer = GGUFWriter(new, "controlvector")
+        writer = gguf.GGUFWriter(new, "controlvector")
         writer.add_string("controlvector.model_hint", trained.llm.config.model_type)
         writer.add_uint32("controlvector.layer_count", len(directions))
         for key, value in trained.meta.items():

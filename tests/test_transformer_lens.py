@@ -1,9 +1,10 @@
 """
-TransformerLens as a second opinion on the path patching and the attention patterns of analyze.py.
+TransformerLens as a second opinion on the path patching and attention patterns of analyze.py; the exported line in it.
 
 Optional: it runs where transformer-lens is installed (pip install transformer-lens==4.3.0), and is skipped elsewhere.
 """
 
+import json
 from functools import partial
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 import analyze
 import model
+from data.export import export
 
 bridge = pytest.importorskip("transformer_lens.model_bridge", reason="transformer-lens is not installed")
 IDS = torch.randint(3, 400, (2, 17), generator=torch.Generator().manual_seed(0))
@@ -77,3 +79,22 @@ def test_attention_patterns(both):
     text, every = IDS[0].tolist(), torch.arange(IDS.shape[1])
     for layer, pattern in analyze.patterns(llm, text[:5], text[5:], every).items():
         torch.testing.assert_close(pattern, cache[f"blocks.{layer}.attn.hook_pattern"][0], rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+def test_the_exported_line_steers_the_bridge(both, tmp_path, capsys):
+    llm, lens = both
+    (tmp_path / "config.json").write_text(json.dumps({"model": "tiny", "layer": "3,26"}))
+    vectors = {3: 2 * S.flip(0), LAYER: S}
+    model.save_vectors(tmp_path / "vectors.safetensors", vectors, llm, "tiny", 1)
+    export(str(tmp_path), "transformers")
+    load, *_, first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("bridge.add_hook") and second.startswith("bridge.add_hook")
+    base = lens(IDS)
+    exec("\n".join([load, first, second]), {"bridge": lens})
+    theirs = lens(IDS)
+    lens.reset_hooks()
+    with model.steer(llm, vectors):
+        ours = llm(input_ids=IDS, use_cache=False).logits
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-3)
+    assert (theirs - base).abs().max() > 0.1 and torch.equal(lens(IDS), base)

@@ -21,6 +21,7 @@ import analyze  # noqa: E402
 import evaluate  # noqa: E402
 import model  # noqa: E402
 import train  # noqa: E402
+from data.export import export  # noqa: E402
 from data.problems import problems_of  # noqa: E402
 
 os.environ.update(  # before vLLM is imported
@@ -263,3 +264,46 @@ def test_analyses_through_the_engine(one_engine, tiny, tmp_path):
 
 def test_auto_takes_the_model_itself_on_a_cpu(tiny, rows):
     assert evaluate.Subject("tiny", device="cpu").engine(rows) is None
+
+
+STOCK = """
+import json, sys
+import vllm
+from vllm.lora.request import LoRARequest
+if __name__ == "__main__":  # worker processes import this file
+    folder, adapter = sys.argv[1], sys.argv[2]
+    prompts = [{"prompt_token_ids": ids} for ids in json.loads(sys.stdin.read())]
+    how = dict(enable_lora=True, max_lora_rank=8) if adapter else {}
+    how |= dict(dtype="float32", max_model_len=256, max_num_seqs=64, enforce_eager=True)  # auto would halve float32
+    llm = vllm.LLM(folder, **how)
+    found = llm.generate(
+        prompts, vllm.SamplingParams(temperature=0, max_tokens=60, detokenize=False), use_tqdm=False,
+        lora_request=LoRARequest("run", 1, adapter) if adapter else None,
+    )
+    print("answers", json.dumps([list(request.outputs[0].token_ids) for request in found]))
+"""
+
+
+@pytest.mark.parametrize("to", ["vllm", "peft"])
+def test_what_is_exported_answers_alike_in_a_stock_engine(tiny, tmp_path, to):
+    """The model folder of a run with vectors, and the adapter of a run with a LoRA; greedy, 50 problems."""
+    vectors = large(0) | {"14.attention": large(1)[20]}
+    if to == "peft":
+        pytest.importorskip("peft")
+        draw = torch.Generator().manual_seed(3)
+        vectors = {"27.lora_A": torch.randn(2, 192, generator=draw) / 14}
+        vectors["27.lora_B"] = 12 * torch.randn(64, 2, generator=draw)
+    (tmp_path / "config.json").write_text(json.dumps({"model": "tiny", "layer": "3,20,27"}))
+    model.save_vectors(tmp_path / "vectors.safetensors", vectors, tiny[0], "tiny", 0)
+    export(str(tmp_path), to)
+    rows = problems_of(model.TINY / "test.jsonl").rows[:50]
+    ours = greedy(tiny, rows, vectors)
+    given = [str(tmp_path / "vllm"), ""] if to == "vllm" else [str(model.TINY), str(tmp_path / "peft")]
+    script = tmp_path / "stock.py"
+    script.write_text(STOCK)
+    command = [sys.executable, str(script), *given]
+    done = subprocess.run(command, input=json.dumps(ours.prompts), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
+    line = next(line for line in done.stdout.splitlines() if line.startswith("answers "))
+    assert json.loads(line.removeprefix("answers ")) == ours.completions
+    assert sum(a != b for a, b in zip(greedy(tiny, rows, {}).completions, ours.completions)) > 20
