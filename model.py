@@ -479,7 +479,7 @@ def metadata_of(vectors: dict, config, model: str, step) -> dict[str, str]:
         "site": ", ".join(sorted(sites)).replace("end", "end of layer"),
         "positions": ", ".join(sorted({place.where for place in places})),  # answer: from the prompt's last token on
         "model": model,
-        "model_checksum": base_checksum(model, config),
+        "model_checksum": base_checksum(model),
         "width": str(config.hidden_size),
         "num_layers": str(config.num_hidden_layers),
         "step": str(step),

@@ -60,17 +60,17 @@ def export(
     name, file = settings["model"], Path(run) / "vectors.safetensors"
     config = model.load_config(name)
     vectors, meta = model.load_vectors(file, config, name)
-    now = base_checksum(name, config)
+    now = base_checksum(name)
     if (then := meta.get("model_checksum", now)) != now:
-        print(f"mind: the weights of {name!r} are not those that {run} was trained with (checksum {now}, then {then})")
+        print(f"mind: the base model {name!r} has changed since {run} was trained: checksum {now}, then {then}")
     meta = model.metadata_of(vectors, config, name, meta["step"]) | meta  # older files say less
     with torch.device("meta"):
         trained = Trained(Path(run), settings, vectors, meta, AutoModelForCausalLM.from_config(config))
-    write_it, default = FORMATS[to]
+    write_it, default, use = FORMATS[to]
     path = Path(out or Path(run) / default)
     write_it(trained, path)
-    if to != "transformers":
-        print(f"wrote {path}")
+    if use:
+        print(f"wrote {path}; {use.format(path)}")
 
 
 def library(name: str, version: str):
@@ -235,11 +235,15 @@ def to_vllm(trained: Trained, path: Path) -> None:
 
 def shards_of(folder: Path) -> dict[str, str]:
     """{tensor: the file of a model folder that holds it}."""
-    index = folder / "model.safetensors.index.json"
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.is_file():
         return json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    with safe_open(folder / "model.safetensors", "pt") as file:
-        return dict.fromkeys(file.keys(), "model.safetensors")
+    if not single.is_file():
+        sys.exit(
+            f"the weights of the base model are not in {folder}: load it once, for example with evaluate.py --model"
+        )
+    with safe_open(single, "pt") as file:
+        return dict.fromkeys(file.keys(), single.name)
 
 
 # ---------------------------------------------------------------------------------------- llama.cpp, plain transformers
@@ -300,9 +304,9 @@ def to_transformers(trained: Trained, path: Path) -> None:
             print(f"bridge.add_hook({hook})  # TransformerLens 4.3")
 
 
-FORMATS = {
-    "peft": (to_peft, "peft"),
-    "vllm": (to_vllm, "vllm"),
-    "gguf": (to_gguf, "vector.gguf"),
-    "transformers": (to_transformers, ""),
+FORMATS = {  # what writes it, where, and how it is used
+    "peft": (to_peft, "peft", 'llm = peft.PeftModel.from_pretrained(llm, "{}")'),
+    "vllm": (to_vllm, "vllm", "vllm serve {}"),
+    "gguf": (to_gguf, "vector.gguf", "llama-cli -m BASE.gguf --control-vector {}"),
+    "transformers": (to_transformers, "", ""),
 }

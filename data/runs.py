@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 
 TINY = Path(__file__).parent / "tiny"  # the embedded model; --model tiny
 FAMILY = {name: TINY.with_name(name) for name in ("tiny", "tiny-instruct", "tiny-math")}  # and its relatives
@@ -99,10 +100,13 @@ def weights_digest(folder: Path, size: int = 1 << 20) -> str:
     return checksum(b"".join(parts))
 
 
-def base_checksum(name: str, config) -> str:
-    """A checksum of a model's weights: of a folder its files', of a hub model the commit, as its config has it."""
+def base_checksum(name: str) -> str:
+    """What tells a model's weights from others: of a folder a checksum of its files, of a hub model its commit."""
     source = source_of(name)
-    return weights_digest(source) if isinstance(source, Path) else config._commit_hash or "unknown"
+    if isinstance(source, Path):
+        return weights_digest(source)
+    config = try_to_load_from_cache(source, "config.json")  # .../snapshots/COMMIT/config.json
+    return Path(config).parent.name if isinstance(config, str) else "unknown"
 
 
 def kept(path: Path, key: dict):

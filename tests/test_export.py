@@ -1,11 +1,15 @@
 """What is exported answers as the model under `steer`; what a format cannot hold is refused in one line."""
 
 import json
+import os
 import re
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import random_llm
+from conftest import ROOT, random_llm
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -219,7 +223,7 @@ def test_an_older_file_is_read_and_its_export_says_as_much(run_of, capsys):
     assert "mind" not in capsys.readouterr().out
     save_file(tensors, run / "vectors.safetensors", meta | {"model_checksum": "00000000"})
     export(str(run), "transformers")
-    assert "the weights of 'tiny' are not those that" in capsys.readouterr().out
+    assert "the base model 'tiny' has changed since" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -254,3 +258,39 @@ def test_models_that_are_no_llama_are_refused_for_vllm(family, run_of, base_of):
     folder, llm = base_of(family)
     with pytest.raises(SystemExit, match="vllm-lens adds vectors there|no linear module has this output"):
         export(str(run_of({1: numbers(0, 32)}, folder, llm)), "vllm")
+
+
+HUB = """
+import json, sys, torch
+import evaluate, model
+from data.export import export
+run = sys.argv[1]
+llm, _ = model.load("some/tiny", "cpu")
+with open(f"{run}/config.json", "w") as file:
+    json.dump({"model": "some/tiny", "layer": "27", "max_tokens": 8, "context": 256}, file)
+model.save_vectors(f"{run}/vectors.safetensors", {27: torch.ones(64)}, llm, "some/tiny", 3)
+evaluate.main(evaluate.Config(run, data=sys.argv[2], problems=2, temperatures=(0.0,), base=False, device="cpu"))
+export(run, "vllm")
+"""
+
+
+def test_a_base_model_of_the_hub(tmp_path):
+    """A cache of the hub with one model in it: measured by the id, exported with links into the cache."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    snapshot = tmp_path / "hub/models--some--tiny/snapshots" / commit
+    snapshot.mkdir(parents=True)
+    for file in (*model.TINY.glob("*.json"), model.TINY / "chat_template.jinja", model.TINY / "model.safetensors"):
+        shutil.copy(file, snapshot)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs/main").write_text(commit)
+    run = tmp_path / "out/run"
+    run.mkdir(parents=True)
+    env = os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", HUB, str(run), str(model.TINY / "test.jsonl")]
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (run / "vllm/base-model.safetensors").resolve() == snapshot / "model.safetensors"
+    with safe_open(run / "vllm/steering.safetensors", "pt") as file:
+        assert file.metadata()["model_checksum"] == commit
+    kept = next((tmp_path / "out/answers").iterdir()).read_text()
+    assert json.loads(kept)["key"]["weights"] == commit
