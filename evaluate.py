@@ -29,7 +29,7 @@ import model
 import rewards
 from data.estimate import Estimate, average, summary, write_table  # noqa: F401
 from data.problems import PAPERS, Problems, prompt_ids, sets_of
-from data.runs import checksum, config_of, identity, keep, kept, weights_digest
+from data.runs import base_checksum, checksum, config_of, identity, keep, kept
 from rewards import grade
 
 
@@ -112,9 +112,8 @@ class Subject:
     @property
     def key(self) -> dict:
         """What its answers depend on, from files alone; of a hub model the commit."""
-        source = model.source_of(self.weights)
-        weights = weights_digest(source) if isinstance(source, Path) else self.config._commit_hash
         names = ("name", "template", "system", "context", "max_tokens", "dtype")
+        weights = base_checksum(self.weights)
         return {name: getattr(self, name) for name in names} | {"weights": weights, "sampler": self.samples_with}
 
     @cached_property
