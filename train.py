@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 import model
 from data import parallel
-from data.compare import compare_with_base
+from data.compare import compare_with_base, held_out_accuracy
 from data.parallel import AllWeights, batch_of_problems, log, rank, share, timed, tokens_of_all
 from data.problems import MATH_PROMPT, ROOT, Problems, authors_rate, problems_of, recipe
 from data.runs import (
@@ -89,6 +89,7 @@ class Config:
     rows: int = 512                     # answers sampled at once; lower it when memory is short
     micro_tokens: int | None = None     # tokens of a training forward pass, padded; default 4096; 16384
     eval_problems: int = 400            # held-out problems for the comparison at the end; 0: none
+    eval_every: int | None = None       # measure on them every so many steps, too: a point on the reward curve
     keep_every: int | None = None       # keep what is trained after every so many steps, for evaluate.py --checkpoints
     seed: int = 0                       # of the order of the problems, the rollouts and the held-out samples
     out: str | None = None              # run folder; default out/MODEL-layerLAYER and what is not usual
@@ -233,8 +234,9 @@ def main(args: Config) -> None:
                 llm, trained.steering, rolled, advantages, args.temperature, args.micro_tokens,
                 tokens_of_all(rolled), args.weight_cap, recompute=args.model not in model.FAMILY,
             )  # fmt: skip
-            norm = update(trained, adam, args.clip, (step + 1) / args.warmup)
-            log(run, step, trained.steering, sums | {"norm": norm}, batch, rolled, right, rewards)
+            sums |= held_out_accuracy(run, trained.steering, step)  # with --eval-every, of the model that sampled
+            sums["norm"] = update(trained, adam, args.clip, (step + 1) / args.warmup)
+            log(run, step, trained.steering, sums, batch, rolled, right, rewards)
             save(run, step, trained, adam)
         finish(run, trained.steering)
 

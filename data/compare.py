@@ -14,10 +14,12 @@ from pathlib import Path
 import torch
 
 from data.estimate import Estimate, markdown
-from data.parallel import batch_of_problems
+from data.parallel import batch_of_problems, everyone, share
 from data.problems import Problems, problems_of, prompt_ids
 from data.runs import checksum, write
 from evaluate import answers, measure, vectors_of
+from model import prompt_seeds
+from rewards import grade
 
 
 def compare_with_base(subject, vectors: dict, problems: Problems, base: str, seed: int) -> float:
@@ -43,6 +45,20 @@ def compare_with_base(subject, vectors: dict, problems: Problems, base: str, see
             verdict = "right" if found[who, 1.0]["correct"][i][0] else "wrong"
             print(f"  {who}, T = 1, {verdict}: " + found[who, 1.0]["completions"][i][0].replace("\n", "\n    "))
     return accuracy["base", 1.0].value
+
+
+def held_out_accuracy(run, vectors: dict, step: int) -> dict[str, float]:
+    """
+    At the steps of --eval-every {"held_out": share of right answers to the held-out problems, one each at T = 1}.
+
+    run: train.py's. The random numbers are those of the comparison at the end. Every process has to call it.
+    """
+    if not run.args.eval_every or step % run.args.eval_every or not run.held_out:
+        return {}
+    rows, n = share(run.held_out.rows), len(run.held_out.rows)
+    rolled = run.subject.rollouts(vectors, rows, 1, seed=share(prompt_seeds(run.args.seed, range(n))))
+    right = sum(grade(rolled.texts, [row["answer"] for row in rows]))
+    return {"held_out": sum(everyone(right)) / n}
 
 
 # --------------------------------------------------------------------------------------------------------- checkpoints

@@ -251,6 +251,8 @@ def metrics_of(run, vectors: dict, sums: dict, rolled, right, rewards) -> dict:
         "tokens_per_second_sampling": total["length"] / SECONDS["sampling"],  # of all processes
         "grading_timeouts": total["timeouts"],  # comparisons given up in this step
     }
+    if "held_out" in sums:
+        metrics["held_out"] = sums["held_out"]  # share of right answers to the held-out problems
     if rolled.logps is not None:  # a few 1e-2 nats in bfloat16; a jump means that the engine has other vectors
         metrics |= {
             "mismatch_mean": total["off"] / trained_tokens,

@@ -129,7 +129,7 @@ def check(args) -> None:
     """Exit with one line for a setting of train.py that cannot work, before anything is loaded or written."""
     given = {name: value for name, value in vars(args).items() if value not in (None, "paper")}
     least = dict(steps=1, prompts=1, samples=2, max_tokens=1, warmup=1, rows=1, context=2, tensor_parallel=1)
-    for name, low in (least | dict(micro_tokens=1, rank=1, keep_every=1)).items():
+    for name, low in (least | dict(micro_tokens=1, rank=1, eval_every=1, keep_every=1)).items():
         if given.get(name, low) < low:
             sys.exit(f"{flag(name)} wants at least {low}, got {given[name]}")
     for name in ("temperature", "lr", "lr_absolute", "clip"):
@@ -144,6 +144,8 @@ def check(args) -> None:
         sys.exit(f"--vllm-memory wants a share of the GPU's memory between 0 and 1, got {memory}")
     if cap and cap < 1:
         sys.exit(f"--weight-cap wants at least 1, or 0 for no weights, got {cap}")
+    if args.eval_every and not args.eval_problems:
+        sys.exit("--eval-every measures on the held-out problems: --eval-problems wants more than 0")
     if args.method == "full" and (args.tensor_parallel > 1 or args.lr == "paper"):
         reach = "its weights reach vLLM with --tensor-parallel 1 only"
         sys.exit(f"--method full has its own rate (--lr-absolute), and {reach}")
@@ -217,7 +219,7 @@ def check_folder(folder: Path, settings: dict, resume: bool) -> None:
         sys.exit(f"--resume: no run to go on with in {folder}; {ways}")
     # these change no number that was already computed
     free = ["steps", "eval_problems", "held_out", "device", "sampler", "vllm_memory", "tensor_parallel", "rows"]
-    free += ["micro_tokens", "keep_every", "out", "resume"]
+    free += ["micro_tokens", "eval_every", "keep_every", "out", "resume"]
     saved = config_of(folder)
     for name, value in json.loads(json.dumps(settings)).items():  # as the file has them: lists, not tuples
         if name not in free and saved.get(name) != value:
@@ -259,6 +261,8 @@ def plot_reward(metrics: list[dict], base: float, path: Path) -> None:
     fig = Figure(figsize=(6, 3.5), layout="constrained")
     ax = fig.subplots()
     ax.plot([m["step"] for m in metrics], [100 * m["accuracy"] for m in metrics], "o-", ms=3, label="steered, training")
+    if held_out := [(m["step"], 100 * m["held_out"]) for m in metrics if "held_out" in m]:
+        ax.plot(*zip(*held_out), "s", label="steered, held out")
     ax.axhline(100 * base, color="black", linestyle="--", label="base model")
     ax.set(xlabel="step", ylabel="right answers (%)", title="RLOO on steering vectors", ylim=(0, 100))
     ax.legend(frameon=False, loc="upper left")

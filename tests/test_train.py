@@ -17,6 +17,7 @@ import pytest
 import torch
 import tyro
 from conftest import ROOT, random_llm
+from matplotlib.figure import Figure
 from safetensors.torch import load_file
 
 import evaluate
@@ -408,6 +409,32 @@ def lines(path):
 
 def without_time(metrics):
     return [{k: v for k, v in m.items() if "second" not in k} for m in metrics]
+
+
+def test_eval_every_measures_what_evaluate_measures_and_changes_nothing_else(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda fig, *args, **how: drawn.append(fig.axes[0].lines))
+    more = dict(reward="random", lr=1.0, eval_problems=40, max_tokens=80)
+    train.main(settings(tmp_path / "with", eval_every=2, keep_every=2, **more))
+    train.main(settings(tmp_path / "without", **more))
+    metrics, others = (without_time(lines(tmp_path / name / "metrics.jsonl")) for name in ("with", "without"))
+    held_out = {m["step"]: m.pop("held_out") for m in metrics if "held_out" in m}
+    assert metrics == others and list(held_out) == [0, 2]
+    held = problems_of(ROOT / "data/tiny/test.jsonl").first(40)
+    how = dict(device="cpu", folder=tmp_path / "other", max_tokens=80, template="native", system=train.MATH_PROMPT)
+    subject, vectors = evaluate.Subject("tiny", **how), {}
+    for step, share in held_out.items():  # step 2 samples with what two steps have made
+        if step:
+            path = tmp_path / f"with/checkpoints/0000{step}/vectors.safetensors"
+            vectors, _ = model.load_vectors(path, subject.config)
+        right = evaluate.answers(subject, vectors, held, 1, 1.0, 0)["correct"]
+        assert share == sum(sum(row) for row in right) / 40
+    assert held_out[0] != held_out[2]
+    points = [line.get_xydata().tolist() for line in drawn[0] if line.get_label() == "steered, held out"]
+    assert points == [[[step, pytest.approx(100 * share)] for step, share in held_out.items()]]
+    assert not [line for line in drawn[1] if line.get_label() == "steered, held out"]
+    with pytest.raises(SystemExit, match="--eval-problems wants more than 0"):
+        train.main(settings(tmp_path / "none", eval_every=2))
 
 
 def test_resume_equals_an_uninterrupted_run_bit_for_bit(tmp_path, monkeypatch):
