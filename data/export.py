@@ -192,6 +192,7 @@ A bias cannot be merged into a module that has none: load it as above.
 # --------------------------------------------------------------------------------------------------------------- vLLM
 
 AS_LLAMA = ("llama", "qwen2", "mistral")  # a Llama with biases computes what these do
+LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "mlp_bias": True, "attention_bias": True}
 NO_LLAMA = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types", "_name_or_path")
 TOKENIZER = ("tokenizer", "chat_template", "special_tokens_map", "added_tokens", "vocab", "merges", "generation_config")
 
@@ -214,10 +215,6 @@ def to_vllm(trained: Trained, path: Path) -> None:
             biases[f"{name}.bias"] = parts.pop(name, {}).get("bias", torch.zeros(module.out_features))
     if parts:
         sys.exit(f"--to vllm: {min(parts)} of the base has a bias already; --to peft adds a second one")
-    # of the base: what its class has by default, then its file as it stands, for readers of any age
-    settings = config.to_dict() | json.loads((base / "config.json").read_text(encoding="utf-8"))
-    settings = {key: value for key, value in settings.items() if key not in NO_LLAMA}
-    settings |= {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "mlp_bias": True, "attention_bias": True}
     # links of other names, because transformers takes a file model.safetensors for the whole model
     weight_map = {name: f"base-{file}" for name, file in shards.items()} | dict.fromkeys(biases, "steering.safetensors")
     links = {f"base-{file}": base / file for file in shards.values()}
@@ -228,9 +225,17 @@ def to_vllm(trained: Trained, path: Path) -> None:
         for name, file in links.items():
             (new / name).symlink_to(file)
         save_file(biases, new / "steering.safetensors", trained.meta | {"format": "pt"})
-        write(new / "config.json", json.dumps(settings, indent=2))
+        write(new / "config.json", json.dumps(llama_config(config, base), indent=2))
         index = {"metadata": trained.meta, "weight_map": weight_map}
         write(new / "model.safetensors.index.json", json.dumps(index, indent=2))
+
+
+def llama_config(config, base: Path) -> dict:
+    """config.json of the base, read as a Llama with biases."""
+    # what its class has by default, then the file as it stands: older readers want the older names of settings
+    settings = config.to_dict() | json.loads((base / "config.json").read_text(encoding="utf-8"))
+    settings = {key: value for key, value in settings.items() if key not in NO_LLAMA}
+    return settings | LLAMA
 
 
 def shards_of(folder: Path) -> dict[str, str]:
