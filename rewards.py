@@ -7,7 +7,7 @@ gold             accepted                                        rejected
 1,-2             \boxed{-2, 1}  \boxed{1 \text{ and } -2}        \boxed{1}  \boxed{1, -2, 5}
 4.5e33           \boxed{4.5 \times 10^{33}}                      \boxed{4.5 \times 10^{34}}
 2,2,3            \boxed{3, 2, 2}  \boxed{(2, 2, 3)}              \boxed{2, 3}  \boxed{2, 3, 3}  \boxed{(3, 2, 2)}
-\$32,\!348       \boxed{32,348}  \boxed{32348 \text{ dollars}}   \boxed{32}  \boxed{32, 348}
+\$32,\!348       \boxed{32,348}  \boxed{32348 \text{ dollars}}   \boxed{32}  \boxed{32, 348}  \boxed{32348 \text{ tens}}
 90^\circ         \boxed{90}  \boxed{90 \text{ degrees}}          \boxed{\pi/2}
 \text{9:15 a.m.} \boxed{9:15 \text{ a.m.}}  \boxed{9:15 AM}      \boxed{9:15 \text{ p.m.}}
 35\%             \boxed{35}  \boxed{35.0\%}  \boxed{0.35}        \boxed{3.5}
@@ -61,9 +61,16 @@ def last_boxed(text: str) -> str | None:
 
 UNIT = r"[a-z]{4,}|[ckm]m|k?g|m[lgi]|ft|in|lbs?|oz|hrs?|min|sec|mph|days?|yen"  # not m, s, t, h: they are variables too
 QUANTITY = rf"(?i)^\\text *\{{ *([-+]?[\d.,:/ ]*\d)((?: [a-z]|[ap]\.?m|{UNIT})(?:[^{{}}\d+<=>\\-]|\^-?\d)*)\}}(?=\^|$)"
+VALUE = (  # what changes the value: 2 \text{ million}, 5 \text{ squared}, 3 \text{ x}, \text{2 out of three}
+    r"(?:(?i:(?<![a-z\\])(?:one|two|three|four|five|six|seven|eight|nine|ten|dozen|hundred|thousand|[a-z]*illion|half"
+    r"|halves|thirds|fourths|fifths|tenths|plus|minus|(?:times|over)(?= \w)|divided|than|out|above"
+    r"|below|factorial|root|sqrt|noon|midnight|twice|double)s?(?![a-z-])|(?<=\d |\{ |.\{)(?:of|or|and|squared|cubed)\b)"
+    r"|\\pi|[π√]|(?<![a-zA-Z])(?<![a-zA-Z]\.)(?:[b-fijknp-rt-w]|[x-z]+|[EIQXYZ]|a(?=[. ]*\}))(?!\.?[a-zA-Z]))"
+)
+UNITS = rf"\\text *\{{(?![^{{}}]*{VALUE})(?:[^{{}}\d]|\^-?\d)*\}}"  # other words; m, s, h, g, l, N, J, ... are units
 AND = r"[, ]*\\text *\{[, ]*(?:and|or)[, ]*\}|(?<=[\d)}] )(?:and|or)(?= [-\d(\\])"  # 1 \text{ and } 2, 1 and 2
 TUPLE = r"\(((?:[^()]|\([^()]*\))*)\)"  # one pair of parentheses around all: (1,(2,3)), not (1,2),(3,4)
-TH = r"\s*(?:st|nd|rd|th)\s*"
+TH = r" *(?:(?:st|nd|rd|th)|\\text *\{ *(?:st|nd|rd|th) *\})"
 RULES = [  # (pattern, replacement), in order, on answer and gold alike
     # characters and commands that mean the same
     (r"\\\\(?=[a-zA-Z])(?![\s\S]*end\{)", r"\\"),  # doubled escapes, \\frac; in a matrix \\ ends a row
@@ -77,8 +84,8 @@ RULES = [  # (pattern, replacement), in order, on answer and gold alike
     (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle)(?![a-zA-Z]) *", ""),  # sizes
     (r"\\(?:math|text)(?:rm|bf|it)(?= *\{)|\\(?:mbox|operatorname|textnormal)(?= *\{)", r"\\text"),
     # names
-    (r"\\text *\{ *(sin|cos|tan|ln|log) *\}|(?:np|numpy|math)\.(?=[a-z])", r"\1"),
     (r"(?<![\\a-zA-Z])(arc(?:sin|cos|tan)|sin|cos|tan|ln|log|exp|pi)(?![a-zA-Z])", r"\\\1 "),  # pi/6, arcsin(1/2)
+    (r"\\text *\{ *(\\(?:sin|cos|tan|ln|log|pi) ) *\}|(?:np|numpy|math)\.(?=[\\a-z])", r"\1"),
     (r"(?<=\d)i(?![a-zA-Z])", " i"),  # Math-Verify looks for a free-standing i: 2i+1 would be real, 1+2 i complex
     (r"\\gamma(?![a-zA-Z])", r"\\kappa_{g}"),  # the variable, not Euler's constant or the gamma function
     # numbers
@@ -88,12 +95,10 @@ RULES = [  # (pattern, replacement), in order, on answer and gold alike
     # units, at the end
     (QUANTITY, r"\1\\text{\2}"),  # \text{3 m} is 3\text{ m}; \text{3 of 4}, \text{3 - x} and \text{3x} stay
     (r" *(?:\\text *\{ *)?(?:percent|pct) *\}?$", r"\\%"),
-    # 15th, 12^{\text{th}}
-    (rf"(?<=\d)(?:\^\{{\\text\{{{TH}\}}\}}|\^\{{{TH}\}}|\\text\{{{TH}\}}|{TH})(?![a-zA-Z])", ""),
+    (rf"(?<=\d)(?:\^\{{{TH} *\}}|{TH})(?![a-zA-Z])", ""),  # 15th, 12^{\text{th}}
     (r"(?i)(?<=\d) *(?:\\text *\{)? *([ap])\.? *m\.? *\}?$", r" \1m"),  # 4:30 \text{ p.m.}; a.m. is another time
-    # 9 \text{ cm}^2, 5 \text{ m}/\text{s}, but not 9 \text{ or 8}
-    (r"(?<=[\d})])(?:(?: |/|\\cdot)*\\text *\{(?! *(?:or|and)\b)(?:[^{}\d]|\^-?\d)*\}(?:\^\{?-?\d\}?)?)+$", ""),
-    (rf"(?<=\d) *(?i:{UNIT})(?:\^\{{?\d\}}?)?$", ""),  # 5 cents
+    (rf"(?<=[\d}})])(?:(?: |/|\\cdot)*{UNITS}(?:\^\{{?-?\d\}}?)?)+$", ""),  # 9 \text{ cm}^2, 5 \text{ m}/\text{s}
+    (rf"(?<=\d) *(?!{VALUE})(?i:{UNIT})(?:\^\{{?\d\}}?)?$", ""),  # 5 cents
     (r"^\\\{ *[a-z] *(?:\||\\mid)(.*)\\\}$", r"\1"),  # {x | -1 < x < 1} is its condition
 ]
 
@@ -115,11 +120,9 @@ def squeeze(answer: str) -> str:
 
 def number(answer: str) -> Fraction | None:
     r"""The exact value of a plain decimal number: "1,234.50" -> 2469/2, "7\times10^{3}" -> 7000, "3/4" -> None."""
-    match = re.fullmatch(
-        r"([-+]?)(\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)"
-        r"(?:\\(?:times|cdot)10\^\{?([-+]?\d{1,3})\}?)?",  # three digits: 10^(10^9) would fill the memory
-        answer,
-    )
+    decimal = r"([-+]?)(\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)"
+    power = r"(?:\\(?:times|cdot)10\^\{?([-+]?\d{1,3})\}?)?"  # three digits: 10^(10^9) would fill the memory
+    match = re.fullmatch(decimal + power, answer)
     if match is None:
         return None
     sign, digits, exponent = match.groups()
@@ -143,11 +146,12 @@ def decide(answer: str, gold: str) -> bool | None:
         return x == y or (percent != 0 and x == y * Fraction(100) ** percent)  # 35\% is 35 (the sign is a unit) or 0.35
     if re.search(r"\\[lcd]?dots|\.\.\.", a + g):
         return False  # Math-Verify drops the dots: 1,2,\ldots,9 would be the set {1,2,9}
-    a_bases, g_bases = (re.findall(r"\d_\{?(\d+)", s) for s in (a, g))
-    if a_bases and g_bases and a_bases != g_bases:
-        return False  # Math-Verify drops the base: 52_9 would be 52_8
-    if any(s.startswith("\\{") and re.fullmatch(TUPLE, t) for s, t in ((a, g), (g, a))):
-        return False  # Math-Verify compares the members only: the set {1,2} would be the pair (1,2)
+    for sign in (r"\d *_\W*(?:text\W*)?(\d+)", r"\b(and|or)\b(?=.*(?:[<>]|\\[lg]e))", r"^(\[)[^])]*\)$|^\([^])]*(\])$"):
+        a_signs, g_signs = re.findall(sign, answer), re.findall(sign, gold)
+        if a_signs and g_signs and a_signs != g_signs:
+            return False  # for Math-Verify 52_9 is 52_8, x < 1 or x > 3 is x < 1 and x > 3, [1,1) is (1,1] (empty)
+    if any(re.match(r"\\\{|[^()]*\bor\b", s) and re.fullmatch(TUPLE, t) for s, t in ((answer, g), (gold, a))):
+        return False  # Math-Verify compares the members only: the set {1,2} and 1 or 2 would be the pair (1,2)
     return None
 
 
@@ -167,8 +171,7 @@ def equal(answer: str, gold: str) -> bool:
     decided = decide(answer, gold)
     if decided is not None:
         return decided
-    # imported here: they take a second, and only the workers need them
-    from latex2sympy2_extended import NormalizationConfig
+    from latex2sympy2_extended import NormalizationConfig  # here: it takes a second, and only the workers need it
     from math_verify import LatexExtractionConfig, parse, verify
 
     # it would warn that its own time limit is off: SIGALRM in main threads only; ours is in serve
@@ -205,11 +208,8 @@ def unlabel(answer: str) -> str:
 
 
 def far_apart(a, b) -> bool:
-    r"""
-    Whether two sympy expressions differ by more than 1e-4 of their size, each variable set to some fixed number.
-
-    Math-Verify compares to 6 or 15 digits after the point, where all tiny numbers are equal: 1/2^{98} and 1/2^{99}.
-    """
+    """Whether two sympy expressions differ by more than 1e-4 of their size, each variable set to some fixed number."""
+    # Math-Verify compares to 6 or 15 digits after the point, where all tiny numbers are equal: 1/2^{98} and 1/2^{99}
     from sympy import Expr, nan, zoo
 
     if not all(isinstance(x, Expr) and x.is_commutative for x in (a, b)):

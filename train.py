@@ -36,21 +36,11 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import model
-from data import parallel
+from data import parallel, runs
 from data.compare import compare_with_base, held_out_accuracy
 from data.parallel import AllWeights, batch_of_problems, log, rank, share, timed, tokens_of_all
 from data.problems import MATH_PROMPT, ROOT, Problems, authors_rate, problems_of, recipe
-from data.runs import (
-    begin,
-    check,
-    check_folder,
-    config_of,
-    lines_of,
-    name_of_run,
-    parse_layers,
-    plot_reward,
-    told_how_to_go_on,
-)
+from data.runs import begin, check, check_folder, name_of_run, parse_layers
 from evaluate import Subject
 from rewards import grade, grading_timeouts
 
@@ -223,7 +213,7 @@ def main(args: Config) -> None:
     args, llm, trained = run.args, run.subject.llm, METHODS[run.args.method](run)
     adam = adam_of(trained.values, trained.rates)
     first = start(run, trained, adam)
-    with told_how_to_go_on(run):
+    with runs.told_how_to_go_on(run):
         for step in progress(run, first):
             batch = batch_of_problems(run.rows, args.prompts, step, args.seed)  # N problems
             rolled = answer(run, trained.steering, batch, step)  # k answers to each, of the steered model
@@ -467,7 +457,7 @@ def open_run(args: Config) -> Run:
     args = replace(args, steps=args.steps or usual, warmup=args.warmup or math.ceil(0.03 * usual))
     out = Path(args.out or f"out/{name_of_run(args)}")
     if args.resume and args.lr is None and (out / "config.json").is_file():
-        args = replace(args, lr=config_of(out)["lr"])  # it may depend on the steps, which may be more now
+        args = replace(args, lr=runs.config_of(out)["lr"])  # it may depend on the steps, which may be more now
     if args.method != "full" and args.lr_absolute is None:
         known = all(authors_rate(args, layer) for layer in layers)
         if args.lr == "paper" and not known:
@@ -507,11 +497,11 @@ def finish(run: Run, vectors: dict) -> None:
     """Compare with the base model on held-out problems, draw reward.png. Process 0 alone."""
     if rank() > 0:
         return
-    history = lines_of(run.out / "metrics.jsonl")
+    history = runs.lines_of(run.out / "metrics.jsonl")
     level = history[0]["accuracy"]  # step 0 samples with zero vectors: the base model, on training problems
     if run.held_out:
         level = compare_with_base(run.subject, vectors, run.held_out, run.args.model, run.args.seed)
-    plot_reward(history, level, run.out / "reward.png")
+    runs.plot_reward(history, level, run.out / "reward.png")
     own = f" --data {run.args.data}" if run.args.model not in model.FAMILY else ""
     print(f"\nwrote {run.out}/ with reward.png; now: python evaluate.py {run.out}{own}")
 

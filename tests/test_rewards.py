@@ -42,6 +42,10 @@ def test_last_boxed(text, want):
     assert rewards.last_boxed(text) == want
 
 
+NO_UNITS = """million,million dollars,hundred,thousand,dozen,noon,midnight,squared,cubed,factorial,thirds,half,halves
+and a half,times as many,times x,over x,divided by x,less than x,more than x,out of three,of x,or six
+plus two,minus two,below zero,degrees below zero,above,sqrt,root,pi,π,twice""".replace("\n", ",").split(",")
+
 # rule: gold, answers to accept, answers to reject
 CASES = {
     "integers": ("34", ["34", "034", "+34", "34.0", "x = 34"], ["43", "-34", "340", "34.5", "3 4", "34, 35"]),
@@ -57,6 +61,17 @@ CASES = {
     "pairs": ("(3,-5)", [r"\left(3, -5\right)"], ["(-5,3)", r"\{3,-5\}", "(3,5)"]),
     "sets are not pairs": (r"\{3,-5\}", ["-5, 3"], ["(3,-5)"]),
     "intervals": ("(3,4]", ["(3, 4]", r"3 < x \leq 4", r"x \in (3,4]"], ["[3,4]", "(3,4)", "3 < x < 4"]),
+    "intervals that are empty": ("(1,1]", [], ["[1,1)"]),
+    "half-open intervals": ("[0,1/2)", ["[0, 0.5)", r"0 \leq x < \frac12"], ["(0,1/2]", "[0,1/2]"]),
+    "inequalities joined by or": (
+        r"x<-1 \text{ or } x>3",
+        [r"x>3 \text{ or } x<-1", "x<-1 or x>3", "x<-1, x>3"],
+        [r"x<-1 \text{ and } x>3", "x<-1 and x>3", r"x<-1 \text{ or } x>4"],
+    ),
+    "two values are no pair": ("(2,3)", ["2, 3", r"2 \text{ and } 3"], [r"2 \text{ or } 3", "2 or 3", r"2\text{or}3"]),
+    "a pair is not two values": (r"2 \text{ or } 3", ["3, 2", r"2 \text{ and } 3", r"\{2,3\}"], ["(2,3)", "2"]),
+    "pairs joined by or": ("((1,2),(3,4))", [r"(1,2) \text{ or } (3,4)"], [r"(1,2) \text{ or } (4,3)"]),
+    "or inside a name": ("(3,2)", [r"\lfloor 3.5 \rfloor, 2"], [r"\lfloor 2.5 \rfloor, 2"]),
     "matrices": (
         r"\begin{pmatrix} 1 \\ x \end{pmatrix}",
         [r"\begin{bmatrix} 1 \\x \end{bmatrix}", r"\begin{bmatrix}1\\x\\\end{bmatrix}"],
@@ -117,6 +132,50 @@ CASES = {
         [r"\text{17 liters}", r"\text{17.0 liters}"],
         [r"\text{17 of 20 liters}", r"\text{17x}", r"\text{17 pi}", r"\text{1 and 7}", r"\text{about 17}"],
     ),
+    "units of many words": (
+        "5",
+        [
+            r"5 \text{ m}",
+            r"\text{5 m}",
+            r"5 \text{ J/(kg K)}",
+            r"5 \text{ U.S. dollars}",
+            r"\text{5 cups of flour}",
+            r"5 \text{ two-digit numbers}",
+            r"5 \text{ lessons left over}",  # less, over
+            r"5 \text{ more apples}",
+            r"5 \text{ square cm}",
+            r"5 \text{ cm squared}",
+            r"5 \text{ times}",
+        ],
+        [],
+    ),
+    "words that change the value": (
+        "5",
+        [],
+        [form.replace("w", word) for form in (r"5 \text{ w}", r"\text{5 w}") for word in NO_UNITS]
+        + [f"5 {word}" for word in ("million", "hundred", "dozen", "noon", "squared", "factorial", "thirds", "sqrt")],
+    ),
+    "one letter in text is a variable": (
+        "5",
+        [],
+        [form.replace("w", x) for form in (r"5 \text{ w}", r"\text{5 w}") for x in "x,a,i,e,xy,x y,x.,X".split(",")],
+    ),
+    "variables in text": ("5x", [r"5\text{x}", r"5 \text{ x}", r"\text{5 x}"], [r"5 \text{ y}", r"5 \text{ m}"]),
+    "names after a number in text": (r"4\pi", [r"4 \text{ pi}", r"\text{4 pi}", "4pi"], ["4", r"4\text{ e}"]),
+    "no name is lost": ("2", [], [r"2\text{cos}x", r"2\text{cos} x"]),
+    "millions": (
+        r"\text{2 million}",
+        ["2 million", r"2 \text{ million}", r"\$2 \text{ million}"],
+        ["2", r"2 \text{ billion}", r"\text{2 billion}", r"\text{3 million}", r"2 \text{ dollars}"],
+    ),
+    "noon": (r"\text{12 noon}", [r"12 \text{ noon}"], [r"\text{12 midnight}", r"12 \text{ midnight}", "12"]),
+    "less and more": (
+        r"\text{5 less than x}",
+        [],
+        [r"\text{5 more than x}", r"\text{5 less than y}", "5", r"\text{5 x}"],
+    ),
+    "out of": (r"\text{2 out of three}", [], ["2", r"\text{2 out of four}", r"\text{3 out of three}"]),
+    "fractions of something": (r"\frac{1}{2}", [], [r"\text{1/2 of x}", r"1/2 \text{ of x}", r"\frac12 \text{ x}"]),
     "percent with its number in text": (r"\text{35 percent}", [r"35\%", "0.35", r"35 \text{ percent}"], ["3.5"]),
     "times of the day in text": (
         r"\text{6:40 p.m.}",
