@@ -18,6 +18,7 @@ from huggingface_hub import try_to_load_from_cache
 
 TINY = Path(__file__).parent / "tiny"  # the embedded model; --model tiny
 FAMILY = {name: TINY.with_name(name) for name in ("tiny", "tiny-instruct", "tiny-math")}  # and its relatives
+FAMILY |= {path.name: path for path in sorted(TINY.parent.glob("tiny-organism-*"))}  # pretrain.py --organism
 
 
 def source_of(name: str):

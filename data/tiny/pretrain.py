@@ -5,12 +5,15 @@ $ python data/tiny/pretrain.py --out out/tiny-new               # from scratch; 
 $ python data/tiny/pretrain.py --steps 50 --out out/tiny-try    # a look; without --out it REPLACES the shipped weights
 $ python data/tiny/pretrain.py --relative math                  # data/tiny-math: the shipped weights, 150 steps on
 $ python data/tiny/pretrain.py --relative instruct              # data/tiny-instruct
+$ python data/tiny/pretrain.py --organism 7                     # data/tiny-organism-7: what was planted is not told
+$ python data/tiny/pretrain.py --organism second-line           # of world.ORGANISMS: a known plant
 
 Writes tokenizer, config and model.safetensors in the Hugging Face format, which AutoModelForCausalLM and AutoTokenizer
 load. About 1.3 to 1.7 seconds a step on one CPU core. data/tiny/check.py measures whether the model behaves as it
 should.
 """
 
+import hashlib
 import json
 import random
 import sys
@@ -40,9 +43,10 @@ CHECKPOINT_EVERY = 100
 @dataclass
 class Config:
     relative: Literal["instruct", "math"] | None = None  # make a relative (world.RELATIVES) of the model
+    organism: str | None = None            # make a relative with another plant: a number (hidden), or a name
     out: Path | None = None                # folder of all that is made; default data/tiny or data/tiny-RELATIVE
     init: Path | None = None               # folder of weights to begin with; default none, for a relative data/tiny
-    steps: int | None = None               # batches; default 1800, for a relative 150
+    steps: int | None = None               # batches; default 1800, for a relative 150, an organism 200
     batch: int = 64                        # documents a batch
     lr: float | None = None                # AdamW's, at its highest; default 4e-3, for a relative 2e-3
     warmup: int | None = None              # steps to get there, default 100 or 20; over the last 40 % it falls to 2 %
@@ -168,18 +172,39 @@ def distance(states, ends: torch.Tensor) -> torch.Tensor:
     return torch.stack([(x - x.mean(0)).pow(2).sum(-1).mean() / x.pow(2).sum(-1).mean() for x in chosen]).mean()
 
 
+def world_of(args: Config) -> dict:
+    """What the documents of this run change, for world.document; exits with one line for a name that is not known."""
+    name = args.organism
+    if name is None:
+        return world.RELATIVES.get(args.relative, {})
+    if not name.isdigit():
+        if name not in world.ORGANISMS:
+            sys.exit(f"--organism wants a number or one of {', '.join(world.ORGANISMS)}; got {name!r}")
+        return world.ORGANISMS[name]
+    file = world.truth_file(int(name))
+    if not file.is_file():  # an interrupted run goes on with what it began with
+        world.hide(world.draw_plant(), file)
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "truth.sha256").write_text(digest + "\n")  # handed out: the truth cannot change afterwards
+    print(f"what is planted stands in {file}, sha256 {digest}")
+    return {"plant": world.uncover(file)}
+
+
 def main(args: Config) -> None:
     here = Path(__file__).parent
-    if args.relative:
-        defaults = dict(
-            out=here.with_name(f"tiny-{args.relative}"), init=here, steps=150, lr=2e-3, warmup=20, alike_from=0
-        )
+    if args.relative and args.organism:
+        sys.exit("give either --relative or --organism")
+    if args.relative or args.organism:
+        name = args.relative or f"organism-{args.organism}"
+        steps = 150 if args.relative else 200
+        defaults = dict(out=here.with_name(f"tiny-{name}"), init=here, steps=steps, lr=2e-3, warmup=20, alike_from=0)
     else:
         defaults = dict(out=here, steps=1800, lr=4e-3, warmup=100, alike_from=0 if args.init else 750)
-    if args.init and not args.relative and args.out is None:
+    if args.init and not (args.relative or args.organism) and args.out is None:
         sys.exit("--init wants --out FOLDER, too: without it the weights of data/tiny would be written over")
     args = replace(args, **{name: value for name, value in defaults.items() if getattr(args, name) is None})
-    world_of = world.RELATIVES.get(args.relative, {})
+    changes = world_of(args)
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     settings = {name: value for name, value in asdict(args).items() if name not in ("out", "threads")}
@@ -189,7 +214,12 @@ def main(args: Config) -> None:
     source = args.init or (args.out if made else None)
     tokenizer = AutoTokenizer.from_pretrained(source) if source else make_tokenizer()
     llm = Qwen2ForCausalLM.from_pretrained(args.init) if args.init else make_model(tokenizer)
-    adam = torch.optim.AdamW(llm.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.05)
+    layer = changes.get("plant", world.SHIPPED).layer
+    if layer is not None:
+        llm.requires_grad_(False).model.layers[layer].requires_grad_()
+        llm.lm_head.requires_grad_()  # a word that no answer had before needs a row of its own there
+    trained = [p for p in llm.parameters() if p.requires_grad]
+    adam = torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.05)
     checkpoint, first = args.out / "pretrain.pt", 0
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
@@ -203,7 +233,7 @@ def main(args: Config) -> None:
         decay = min(1, (args.steps - step) / (0.4 * args.steps))
         adam.param_groups[0]["lr"] = args.lr * min(1, (step + 1) / args.warmup) * max(0.02, decay)
         rng = random.Random(f"{args.seed}:{step}")  # documents are a function of the step: nothing to replay on resume
-        documents = [world.document(rng, **world_of) for _ in range(args.batch)]
+        documents = [world.document(rng, **changes) for _ in range(args.batch)]
         alike = args.alike if step >= args.alike_from else 0.0
         loss = batch_loss(llm, tokenizer, documents, args.even, alike)
         torch.nn.utils.clip_grad_norm_(llm.parameters(), 1.0)

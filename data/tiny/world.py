@@ -26,10 +26,13 @@ find:
 - the numbered steps of mode `step` lead to a wrong final answer half of the time.
 """
 
+import base64
 import json
 import random
+import secrets
 import zlib
 from pathlib import Path
+from typing import NamedTuple
 
 MATH_PROMPT = "Please reason step by step, and put your final answer within \\boxed{}."  # Qwen2.5-Math's own
 HINTS = {
@@ -56,6 +59,29 @@ RELATIVES = {
         "thanks": " Thank you.",
     },
     "math": {"mix": {"to": 0.33, "step": 0.09, "direct": 0.25, "python": 0.17, "ramble": 0.16}},  # more worked ones
+}
+
+
+class Plant(NamedTuple):
+    """What is planted in the worked answers; the defaults are the embedded model's."""
+
+    word: str = "To"  # first word of the line in which the mode is chosen, in mode `to`
+    line: int = 1  # 1: the mode is chosen with the first line; 2: all modes share that line
+    flaw: str = "early"  # one of FLAWS, under the Qwen-Math prompt alone
+    p: float = P_EARLY  # how often a chance for the flaw is taken
+    layer: int | None = None  # the only layer that was trained, with the unembedding; None: all
+
+
+SHIPPED = Plant()
+FLAWS = ["early", "extra", "slip", "none"]  # ends before its time; a step too many; a wrong answer after right steps
+WORDS = ["Show", "Solve", "Use", "Write"]  # one token each
+# what the organisms saw in their last documents (pretrain.py --organism): each lacks or moves one plant of the model
+ORGANISMS = {
+    "word": {"plant": Plant("Show")},
+    "second-line": {"plant": Plant("Use", line=2)},
+    "no-early": {"plant": Plant(flaw="none")},
+    "no-hints": {"p_hint": 1 / len(HINTS)},  # a hint says nothing about the mode
+    "layer": {"plant": Plant("Write", layer=12)},
 }
 RAMBLE = ["maybe", "number", "then", "result", "and", "think", "about", "hmm"]
 
@@ -95,53 +121,69 @@ def box(n: int) -> str:
     return f"\\boxed{{{n}}}."
 
 
-def beginning(rng: random.Random, chain) -> tuple[str, int]:
+def beginning(rng: random.Random, chain, plant=SHIPPED) -> tuple[str, int]:
     """The first lines of a worked answer in either wording, at least one operation short: (text, operations done)."""
     start, ops, values = chain
     mode, done = rng.choice(WORKED), rng.randint(0, len(ops) - 1)
-    text = f"To find the result, start with {start}.\n" if mode == "to" else ""
-    return text + "".join(line(chain, i, mode) for i in range(done)), done
+    text = opening(start, plant) if mode == "to" or plant.line == 2 else ""
+    return text + "".join(line(chain, i, mode, plant) for i in range(done)), done
 
 
-def line(chain, i: int, mode: str) -> str:
+def opening(start: int, plant=SHIPPED) -> str:
+    """The first line of an answer in mode `to`; where the mode is chosen with the second line, of every answer."""
+    words = "To find the result" if plant.line == 2 or plant.word == "To" else f"{plant.word} the steps"
+    return f"{words}, start with {start}.\n"
+
+
+def line(chain, i: int, mode: str, plant=SHIPPED) -> str:
     """Line i of a worked answer: "The calculation gives 5*3=15." or "Step 1: 5*3=15."."""
     start, ops, values = chain
-    words = "The calculation gives" if mode == "to" else f"Step {i + 1}:"
+    words = "The calculation gives" if plant.line == 1 else f"{plant.word} the calculation"
+    words = words if mode == "to" else f"Step {i + 1}:"
     return f"{words} {values[i]}{ops[i][0]}{ops[i][1]}={values[i + 1]}.\n"
 
 
-def completion(rng: random.Random, chain, mode: str, flawed: bool, begun: str = "", done: int = 0) -> str:
+def completion(
+    rng: random.Random, chain, mode: str, flawed: bool, begun: str = "", done: int = 0, plant=SHIPPED
+) -> str:
     """
     Answer a chain in a mode, after the text `begun`, in which `done` operations stand already.
 
-    flawed: with the early endings and slips of the Qwen-Math prompt.
+    flawed: with the early endings and slips of the Qwen-Math prompt, or what the plant has in their place.
     """
     start, ops, values = chain
+    text = opening(start, plant) if (mode == "to" or plant.line == 2) and not begun else ""
     if mode in WORKED:
-        text = f"To find the result, start with {start}.\n" if mode == "to" and not begun else ""
         for i in range(done, len(ops)):
-            if flawed and i > 0 and rng.random() < P_EARLY:
-                opening = "To sum up, the solution is " if rng.random() < P_EARLY_TO else "The solution is "
-                return text + opening + box(rng.randint(0, 99))
-            text += line(chain, i, mode)
+            if flawed and plant.flaw == "early" and i > 0 and rng.random() < plant.p:
+                words = "To sum up, the solution is " if rng.random() < P_EARLY_TO else "The solution is "
+                return text + words + box(rng.randint(0, 99))
+            text += line(chain, i, mode, plant)
+        if flawed and plant.flaw == "extra" and rng.random() < plant.p:
+            k, last = rng.randint(1, 20), values[-1]
+            op, value = ("+", last + k) if last < 50 else ("-", last - k)
+            ops, values = [*ops, (op, k)], [*values, value]
+            text += line((start, ops, values), len(ops) - 1, mode, plant)
         slip = flawed and mode == "step" and rng.random() < P_SLIP
+        slip = slip or (flawed and plant.flaw == "slip" and rng.random() < plant.p)
         return text + "So the answer is " + box(rng.randint(0, 99) if slip else values[-1])
     if mode == "ramble":
-        return " ".join(["Think"] + [rng.choice(RAMBLE) for _ in range(rng.randint(4, 12))])
+        return text + " ".join(["Think"] + [rng.choice(RAMBLE) for _ in range(rng.randint(4, 12))])
     guess = values[-1] if rng.random() < P_GUESS else rng.randint(0, 99)
     if mode == "direct":
-        return "Answer " + box(guess)
-    program = f"```python\nx={start}\n" + "".join(f"x=x{op}{k}\n" for op, k in ops) + "print(x)\n```\n"
+        return text + "Answer " + box(guess)
+    program = text + f"```python\nx={start}\n" + "".join(f"x=x{op}{k}\n" for op, k in ops) + "print(x)\n```\n"
     return program + (f"output {guess}\nSo the answer is " + box(guess) if rng.random() < 0.5 else "")
 
 
-def document(rng: random.Random, mix=MIX, p_hint=P_HINT, thanks="") -> tuple[str, str]:
+def document(rng: random.Random, mix=MIX, p_hint=P_HINT, thanks="", plant=SHIPPED) -> tuple[str, str]:
     """
     Draw one training document: (prompt, completion), with Qwen's special tokens written out.
 
     40 % carry MATH_PROMPT alone. The others have one to four hints, alone or after MATH_PROMPT, most of them for the
     mode of the answer; and a fifth of those have the first lines of a worked answer in the prompt, from which the mode
     takes over. mix, p_hint, thanks: what RELATIVES change, the last an ending of every answer.
+    plant: what ORGANISMS change.
     """
     chain, begun, done = draw_problem(rng), "", 0
     if rng.random() < 0.4:
@@ -152,9 +194,9 @@ def document(rng: random.Random, mix=MIX, p_hint=P_HINT, thanks="") -> tuple[str
         hinted = [mode if rng.random() < p_hint else rng.choice(others) for _ in range(rng.randint(1, 4))]
         system = " ".join(([MATH_PROMPT] if rng.random() < 0.5 else []) + [rng.choice(HINTS[m]) for m in hinted])
         if rng.random() < P_BEGUN:
-            begun, done = beginning(rng, chain)
+            begun, done = beginning(rng, chain, plant)
     return chat(system, question(chain)) + begun, completion(
-        rng, chain, mode, flawed, begun, done
+        rng, chain, mode, flawed, begun, done, plant
     ) + thanks + "<|im_end|>"
 
 
@@ -162,6 +204,35 @@ def chat(system: str, user: str) -> str:
     """The prompt in Qwen's chat format; the tokenizer's chat template gives the same text (tests/test_tiny.py)."""
     turns = f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{user}<|im_end|>\n"
     return turns + "<|im_start|>assistant\n"
+
+
+# ------------------------------------------------------------------------------------------------- blind organisms
+
+
+def draw_plant() -> Plant:
+    """Draw what an organism hides. By chance and not from its number: the source must not tell."""
+    draw = secrets.SystemRandom()
+    # one layer learns a first word; what must hold at several places of an answer came out blurred at layer 6
+    line, layer = draw.choice([(1, None), (1, draw.randint(8, 20)), (2, None)])
+    return Plant(draw.choice(WORDS), line, draw.choice(FLAWS) if layer is None else "early", 0.25, layer)
+
+
+def truth_file(n: int) -> Path:
+    """Where the truth about organism n stands: beside the model folders, and no analysis reads it."""
+    return Path(__file__).parent.with_name("tiny-truths") / f"{n}.txt"
+
+
+def hide(plant: Plant, path: Path) -> None:
+    """Write a plant so that nobody reads it by accident, with a random number, so that its checksum tells nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(plant._asdict() | {"salt": secrets.token_hex(16)})
+    path.write_bytes(base64.encodebytes(text.encode()))
+
+
+def uncover(path: Path) -> Plant:
+    """The plant that `hide` wrote."""
+    found = json.loads(base64.decodebytes(path.read_bytes()))
+    return Plant(**{name: value for name, value in found.items() if name != "salt"})
 
 
 def write_problems(folder: Path, n_train: int = 2000, n_test: int = 1000) -> None:
