@@ -33,6 +33,11 @@ FAMILIES = {
 }
 
 
+def pytest_addoption(parser):
+    parser.addoption("--student", help="tests/assignments.py: the file to check; default the repository itself")
+    parser.addoption("--seed", type=int, default=0, help="tests/assignments.py: of the drawn cases")
+
+
 def random_llm(family="qwen2", **changes):
     """A random model with logits far from flat (initializer_range 0.3), frozen, in eval mode."""
     torch.manual_seed(0)
