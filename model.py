@@ -30,14 +30,17 @@ from typing import NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import DynamicCache
 from transformers.utils import logging
 
+from data import shared_prompts
 from data.problems import prompt_ids
 from data.runs import FAMILY, TINY, base_checksum, source_of, written  # noqa: F401
+from data.shared_prompts import batches  # noqa: F401
 from data.vllm_model import VLLM_MODELS, register_vllm_models
 
 # ---------------------------------------------------------------------------------------------------------- the model
@@ -136,6 +139,11 @@ def split(place: int | str) -> Place:
     matrix = next((name for name in ("lora_A", "lora_B") if site.endswith(name)), "")
     site = site.removesuffix(matrix).rstrip(".")
     return Place(int(layer), site or ("mlp.down_proj" if matrix else "end"), matrix, where or "all")
+
+
+def lowest_trained(vectors: dict) -> int:
+    """The lowest layer with a vector that is trained, -1 if all weights are: below it nothing is differentiated."""
+    return min((split(place).layer for place, s in vectors.items() if s.requires_grad), default=-1)
 
 
 def site_module(llm, place):
@@ -253,8 +261,8 @@ def prompt_seeds(seed: int, numbers) -> list[int]:
 @torch.no_grad()
 def sample(
     llm, prompts: list[list[int]], k: int, max_tokens: int | list[int], stop: list[int], temperature=1.0,
-    seed: int | list[int] = 0, max_rows=512, bar=None,
-) -> tuple[list[list[int]], list[bool]]:  # fmt: skip
+    seed: int | list[int] = 0, max_rows=512, bar=None, keep: int | None = None,
+) -> tuple:  # fmt: skip
     """
     Sample k completions of every prompt from the model as it is (call inside `steer` to steer it).
 
@@ -265,6 +273,8 @@ def sample(
     in (up to rounding).
     max_rows: rows decoded at once, fewer if a GPU's memory is short, but all k of a prompt.
     Returns N*k completions as token ids, prompt by prompt, and for each whether it ended by itself.
+    keep: a layer; a third list has the states that enter it, for every completion those of its prompt (P, D) and of its
+    tokens but the last (C - 1, D).
     Faster than `generate`: a prompt is read once for its k samples, and finished rows leave the batch.
     """
     limits = max_tokens if isinstance(max_tokens, list) else [max_tokens] * len(prompts)
@@ -275,27 +285,32 @@ def sample(
         size = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
         row = 2 * c.num_hidden_layers * c.num_key_value_heads * size * llm.dtype.itemsize * T
         max_rows = min(max_rows, int(0.7 * torch.cuda.mem_get_info(llm.device)[0] / row))
-    completions, n = [], max(1, max_rows // k)
+    completions, states, entering, n = [], [], [], max(1, max_rows // k)  # entering: in each forward pass of a batch
+    see = [] if keep is None else [(decoder_layers(llm)[keep], lambda module, args, output: entering.append(args[0]))]
     try:
         for i in tqdm(range(0, len(prompts), n), desc=bar, disable=bar is None, unit="batch", leave=False):
             batch = slice(i, i + n)
-            completions += _decode(llm, prompts[batch], k, limits[batch], stop, temperature, seeds[batch])
+            with hooks(see):
+                rows, fed = _decode(llm, prompts[batch], k, limits[batch], stop, temperature, seeds[batch])
+            completions += rows
+            if keep is not None:
+                states += shared_prompts.states_by_row(prompts[batch], rows, fed, entering)
     finally:
         llm.answer_positions = None  # after Ctrl-C, too: nothing else may take them for its own
-    return completions, [row[-1] in stop for row in completions]
+    found = completions, [row[-1] in stop for row in completions]
+    return found if keep is None else (*found, states)
 
 
 def _decode(llm, prompts, k, limits, stop, temperature, seeds):
-    """One batch of `sample`: the completions of its B = N*k rows."""
+    """One batch of `sample`: the completions of its B = N*k rows, and the rows of every forward pass."""
     device, B, P, C = llm.device, len(prompts) * k, max(map(len, prompts)), max(limits)
-    ids = torch.tensor([[0] * (P - len(p)) + p for p in prompts], device=device)  # left-padded, (N, P)
-    mask = torch.tensor([[0] * (P - len(p)) + [1] * len(p) for p in prompts], device=device)
+    ids, mask, positions = shared_prompts.left_padded(prompts, device)
     # a uniform number for every token to come, (C, B); time first, so that a longer limit leaves the first ones alone
     noise = [torch.rand(C, k, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     noise = torch.cat(noise, 1).to(device)
     cache = DynamicCache()  # without the config, so that sliding-window layers too keep every position
 
-    def forward(ids, mask, positions):  # (rows, new tokens), ... -> (rows, V)
+    def forward(ids, mask, positions, **how):  # (rows, new tokens), ... -> (rows, V)
         return llm(
             input_ids=ids,
             attention_mask=mask,
@@ -303,19 +318,26 @@ def _decode(llm, prompts, k, limits, stop, temperature, seeds):
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,  # never (N, P, V)
+            **how,
         ).logits[:, -1]
 
     llm.answer_positions = torch.arange(P, device=device).expand(ids.shape) == P - 1  # for "@answer", here and below
-    logits = forward(ids, mask, (mask.cumsum(1) - 1).clamp(min=0)).repeat_interleave(k, 0)
+    logits = forward(ids, mask, positions).repeat_interleave(k, 0)
     llm.answer_positions = torch.ones(1, 1, device=device)
-    cache.batch_repeat_interleave(k)
+    length = mask.sum(1, keepdim=True).repeat_interleave(k, 0)  # (B, 1) of the row's prompt
+    how, known = {}, llm.config.model_type in SITES_OF and llm.config._attn_implementation == "sdpa"
+    # measured on a CPU, in float32; elsewhere the model has its own attention, and a copy of the prompt for every row
+    if known and llm.device.type == "cpu" and llm.dtype.itemsize >= 4:
+        cache = shared_prompts.AnswerCache(cache, mask, k)
+        how["attend"] = cache.attend
+    else:
+        cache.batch_repeat_interleave(k)
     mask = torch.cat([mask.repeat_interleave(k, 0), mask.new_ones(B, C)], 1)  # (B, P + C)
-    length = mask[:, :P].sum(1, keepdim=True)  # (B, 1) of the row's prompt
     limit = torch.tensor(limits, device=device).repeat_interleave(k)
     ends = torch.tensor(stop, dtype=torch.long, device=device)
     tokens = torch.zeros(B, C, dtype=torch.long, device=device)
     going = torch.ones(B, dtype=torch.bool, device=device)  # neither ended nor at its limit
-    rows = torch.arange(B, device=device)  # those still in the batch
+    rows, fed = torch.arange(B, device=device), []  # those still in the batch; in every forward pass
     for t in range(C):
         tokens[rows, t] = token = pick(logits, temperature, noise[t, rows])
         going[rows] &= ~torch.isin(token, ends) & (t + 1 < limit[rows])
@@ -325,12 +347,14 @@ def _decode(llm, prompts, k, limits, stop, temperature, seeds):
         if len(alive) < 0.75 * len(rows):  # moving the cache costs about a step, so not for every row that ends
             cache.batch_select_indices(alive)
             rows = rows[alive]
-        logits = forward(tokens[rows, t : t + 1], mask[rows, : P + t + 1], length[rows] + t)
+        fed.append(rows)
+        seen = shared_prompts.NO_MASK if how else mask[rows, : P + t + 1]
+        logits = forward(tokens[rows, t : t + 1], seen, length[rows] + t, **how)
     completions = []
     for row, n in zip(tokens.tolist(), limit.tolist()):
         last = next((t for t in range(n) if row[t] in stop), n - 1)
         completions.append(row[: last + 1])
-    return completions
+    return completions, fed
 
 
 def pick(logits: torch.Tensor, temperature: float, noise: torch.Tensor | None = None) -> torch.Tensor:
@@ -346,6 +370,9 @@ def pick(logits: torch.Tensor, temperature: float, noise: torch.Tensor | None = 
     return token.flatten().clamp(max=logits.shape[-1] - 1)
 
 
+KEPT_BYTES = 4 << 30  # of states: tokens x width x bytes of a number. 7B, 128 x 16 answers of 1,000 tokens: 15e9
+
+
 class Rollouts(NamedTuple):
     """k answers to each of N problems, in B = N*k rows, prompt by prompt."""
 
@@ -354,18 +381,20 @@ class Rollouts(NamedTuple):
     ended: list[bool]  # False: cut off at its limit
     texts: list[str]  # the answers as text, a forced beginning included
     logps: list[list[float]] | None  # of every completion token, as vLLM computed them; None from the HF sampler
+    states: list | None = None  # what `sample` kept of every row; None if nothing was to be kept, or too much
 
 
 def rollouts(
     llm, tokenizer, vectors: dict, problems: list[str], k: int, max_tokens: int | None = None, temperature=1.0,
     seed: int | list[int] = 0, system=None, template=None, prefix="", context: int | None = None,
-    max_rows=512, engine: "VLLM | None" = None, bar=None,
+    max_rows=512, engine: "VLLM | None" = None, bar=None, keep: int | None = None,
 ) -> Rollouts:  # fmt: skip
     """
     Answer problems with the steered model, {} for the base: by `sample`, or by an engine if there is one.
 
     system, template: see prompt_ids. prefix: text that every answer is made to begin with.
     context: tokens of prompt and answer together; max_tokens: of the answer alone; the smaller one counts.
+    keep: see `sample`; what may need more than KEPT_BYTES is not kept.
     """
     if not problems:  # of several processes, some may have none
         return Rollouts([], [], [], [], None)
@@ -376,15 +405,16 @@ def rollouts(
     if context <= longest:
         sys.exit(f"--context {context}: the longest prompt has {longest} tokens and leaves no room for an answer")
     limits = [min(max_tokens or context, context - len(p)) for p in prompts]
-    stop = stop_ids(llm, tokenizer)
+    stop, logps, states = stop_ids(llm, tokenizer), None, []
+    size = sum(len(p) + k * limit for p, limit in zip(prompts, limits)) * llm.config.hidden_size * llm.dtype.itemsize
     if engine is not None:
         completions, ended, logps = engine.sample(vectors, prompts, k, limits, stop, temperature, seed, bar)
     else:
+        how = temperature, seed, max_rows, bar, keep if size <= KEPT_BYTES else None
         with steer(llm, vectors):
-            completions, ended = sample(llm, prompts, k, limits, stop, temperature, seed, max_rows, bar)
-        logps = None
+            completions, ended, *states = sample(llm, prompts, k, limits, stop, *how)
     texts = [prefix + text for text in tokenizer.batch_decode(completions, skip_special_tokens=True)]
-    return Rollouts([p for p in prompts for _ in range(k)], completions, ended, texts, logps)
+    return Rollouts([p for p in prompts for _ in range(k)], completions, ended, texts, logps, *states)
 
 
 # ---------------------------------------------------------------------------------------------------- token log-probs
@@ -427,18 +457,26 @@ def logits(llm, h: torch.Tensor, exact=False, rows=16384) -> torch.Tensor:
     return x if cap is None else cap * torch.tanh(x / cap)
 
 
-def token_logps(llm, prompts: list[list[int]], completions: list[list[int]], temperature=1.0, chunk=1024):
+def token_logps(llm, prompts: list, completions: list, temperature=1.0, chunk=1024, share=False, states=None):
     """
     log pi(y_t | x, y_<t) in nats of every completion token, as the sampler at this temperature draws it.
 
     Returns (logps, mask), both (B, C), C the longest completion. mask is True on real tokens: it comes from the
     lengths, so the stop token counts. logps is 0 elsewhere.
     Differentiable with respect to vectors of an enclosing `steer`.
+    share: read a prompt once for all of its rows. states: (layer, what `sample` kept of every row), to start there.
     The head runs on completion positions only, `chunk` at a time, and again in the backward pass: neither (B, T, V)
     nor (B, C, V) ever exists.
     """
-    h, before = read(llm, prompts, completions)
-    h, target = h[before], torch.tensor([token for c in completions for token in c], device=h.device)
+    layer, kept = states or (0, None)
+    if share:
+        h = shared_prompts.read_together(llm, prompts, completions, layer, kept)
+    else:  # of the last token no state is known, and none is needed
+        given = kept and pad_sequence([torch.cat([*parts, parts[0][:1]]) for parts in kept], batch_first=True)
+        with shared_prompts.starting_at(decoder_layers(llm), layer, given):
+            h, before = read(llm, prompts, completions)
+        h = h[before]
+    target = torch.tensor([token for c in completions for token in c], device=h.device)
 
     def score(x, y):  # (chunk, D), (chunk,) -> (chunk,)
         return (logits(llm, x) / temperature).log_softmax(-1).gather(-1, y[:, None]).squeeze(-1)
@@ -448,21 +486,6 @@ def token_logps(llm, prompts: list[list[int]], completions: list[list[int]], tem
     lengths = torch.tensor([len(c) for c in completions], device=h.device)
     mask = torch.arange(lengths.max(), device=h.device) < lengths[:, None]
     return torch.zeros(mask.shape, device=h.device).masked_scatter(mask, logps), mask
-
-
-def batches(lengths: list[int], budget: int) -> list[list[int]]:
-    """
-    Split rows into batches of at most `budget` tokens, padding included: lists of row numbers, longest rows first.
-
-    A row longer than the budget gets a batch of its own. ([3, 5, 2], 6) -> [[1], [0, 2]]
-    """
-    found = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if found and lengths[found[-1][0]] * (len(found[-1]) + 1) <= budget:
-            found[-1].append(i)  # the first row of a batch is its longest: what all of its rows are padded to
-        else:
-            found.append([i])
-    return found
 
 
 # -------------------------------------------------------------------------------------------------------- their files

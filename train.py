@@ -38,7 +38,7 @@ from tqdm import tqdm
 import model
 from data import parallel, runs
 from data.compare import compare_with_base, held_out_accuracy
-from data.parallel import AllWeights, batch_of_problems, log, rank, share, timed, tokens_of_all
+from data.parallel import AllWeights, batch_of_problems, compare, log, rank, share, timed, tokens_of_all
 from data.problems import MATH_PROMPT, ROOT, Problems, authors_rate, problems_of, recipe
 from data.runs import begin, check, check_folder, name_of_run, parse_layers
 from evaluate import Subject
@@ -77,6 +77,7 @@ class Config:
     tensor_parallel: int = 1            # GPUs that one vLLM engine is spread over
     weight_cap: float = 2.0             # cap on pi/mu per token sampled by vLLM; 0 turns the correction off
     rows: int = 512                     # answers sampled at once; lower it when memory is short
+    reuse: bool = True                  # train from the states that sampling had below what is trained, where they fit
     micro_tokens: int | None = None     # tokens of a training forward pass, padded; default 4096; 16384
     eval_problems: int = 400            # held-out problems for the comparison at the end; 0: none
     eval_every: int | None = None       # measure on them every so many steps, too: a point on the reward curve
@@ -143,26 +144,27 @@ def accumulate_gradient(
 
     advantages: (N, k) or (B,). budget: tokens of a micro-batch. total_tokens: completion tokens over all processes
     (default: this process's). cap: of the importance weights, if the sampler gave log-probs (0: none). recompute: see
-    checkpointed. Returns sums over the trained tokens: loss, tokens, nats (-log pi), and with the sampler's log-probs
-    off (|log pi - log mu|), off_max, clipped (weights at the cap).
+    checkpointed. Returns sums over the trained tokens: loss, tokens, nats (-log pi); off, the |difference| to the
+    sampler's log-probs or, with its states, to those without them, over `compared` tokens; off_max; clipped (weights).
     """
     advantages, total = advantages.flatten(), total_tokens or sum(map(len, rolled.completions))
     rows = advantages.nonzero().flatten().tolist()
-    lengths = [len(rolled.prompts[i]) + len(rolled.completions[i]) for i in rows]
-    sums = dict.fromkeys(["loss", "tokens", "nats", "off", "off_max", "clipped"], 0.0)
-    # below the lowest trained vector there is nothing to differentiate; -1: all weights train
-    lowest = min((model.split(place).layer for place, s in vectors.items() if s.requires_grad), default=-1)
+    prompts, share = [rolled.prompts[i] for i in rows], not recompute  # a layer computed again fills a cache twice
+    lengths = [len(rolled.completions[i]) + (0 if share else len(rolled.prompts[i])) for i in rows]
+    sums = dict.fromkeys(["loss", "tokens", "nats", "compared", "off", "off_max", "clipped"], 0.0)
+    lowest, states = model.lowest_trained(vectors), None
     with model.steer(llm, vectors), checkpointed(llm, lowest if recompute else None):
-        for batch in model.batches(lengths, budget):
+        for batch in model.batches(lengths, budget, prompts if share else None):
             batch = [rows[j] for j in batch]
             texts = [rolled.prompts[i] for i in batch], [rolled.completions[i] for i in batch]
-            logps, mask = model.token_logps(llm, *texts, temperature)
+            if rolled.states is not None:
+                states = lowest, [rolled.states[i] for i in batch]
+            logps, mask = model.token_logps(llm, *texts, temperature, share=share, states=states)
             weights = None
             if rolled.logps is not None:
                 sampled = [torch.tensor(rolled.logps[i], device=logps.device) for i in batch]
                 sampled = pad_sequence(sampled, batch_first=True)
-                off = (logps.detach() - sampled).abs()[mask]
-                sums["off"], sums["off_max"] = sums["off"] + off.sum().item(), max(sums["off_max"], off.max().item())
+                compare(sums, logps, sampled, mask)
                 if cap:
                     weights = importance_weights(logps, sampled, cap)
                     sums["clipped"] += (weights[mask] >= cap).sum().item()
@@ -171,6 +173,10 @@ def accumulate_gradient(
             sums["loss"] += loss.item()
             sums["tokens"] += mask.sum().item()
             sums["nats"] -= logps.sum().item()
+        if states is not None:  # a few rows of the last batch, its longest, without them
+            few = slice(4)
+            with torch.no_grad():
+                compare(sums, logps[few], model.token_logps(llm, *(x[few] for x in texts), temperature)[0], mask[few])
     return sums
 
 
@@ -236,6 +242,8 @@ def answer(run: Run, vectors: dict, batch: list[dict], step: int) -> model.Rollo
     args = run.args
     seeds = share(model.prompt_seeds(args.seed * 1_000_003 + step, range(args.prompts)))
     how = dict(temperature=args.temperature, seed=seeds, context=args.context)
+    if args.reuse and model.lowest_trained(vectors) > 0:
+        how["keep"] = model.lowest_trained(vectors)
     return run.subject.rollouts(vectors, batch, args.samples, **how)
 
 

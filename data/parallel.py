@@ -204,6 +204,14 @@ def timed(part: str):
     SECONDS[part] += time.perf_counter() - began
 
 
+def compare(sums: dict, logps: torch.Tensor, others: torch.Tensor, mask: torch.Tensor) -> None:
+    """Add the differences of two computations of the same log-probs to the sums. All (B, C)."""
+    off = (logps.detach() - others).abs()[mask]
+    for name, x in (("compared", off.numel()), ("off", off.sum().item())):
+        sums[name] += x
+    sums["off_max"] = max(sums["off_max"], off.max().item())
+
+
 def log(run, step: int, vectors: dict, sums: dict, batch, rolled, right, rewards) -> None:
     """Write the metrics of a step, and every fourth step some samples; show the reward."""
     metrics = {"step": step} | metrics_of(run, vectors, sums, rolled, right, rewards)
@@ -253,12 +261,13 @@ def metrics_of(run, vectors: dict, sums: dict, rolled, right, rewards) -> dict:
     }
     if "held_out" in sums:
         metrics["held_out"] = sums["held_out"]  # share of right answers to the held-out problems
-    if rolled.logps is not None:  # a few 1e-2 nats in bfloat16; a jump means that the engine has other vectors
+    if total["compared"]:  # a few 1e-2 nats in bfloat16; a jump means that the sampler has other vectors
         metrics |= {
-            "mismatch_mean": total["off"] / trained_tokens,
+            "mismatch_mean": total["off"] / total["compared"],
             "mismatch_max": max(part["off_max"] for part in parts),
-            "weights_clipped": total["clipped"] / trained_tokens,
         }
+    if rolled.logps is not None:
+        metrics["weights_clipped"] = total["clipped"] / trained_tokens
     return metrics
 
 

@@ -119,6 +119,10 @@ def test_micro_batches():
     assert model.batches([4, 4, 4, 4], 8) == [[0, 1], [2, 3]]
     assert model.batches([9, 1], 5) == [[0], [1]]  # longer than the budget: alone
     assert model.batches([], 5) == []
+    a, b = [1, 1, 1], [2, 2]  # prompts, which count once a batch
+    assert model.batches([2, 2, 2, 2], 7, [b, a, b, a]) == [[0, 2], [1, 3]]
+    assert model.batches([2, 2, 2, 2], 14, [b, a, b, a]) == [[0, 2, 1, 3]]  # 4 * 2 + 2 * 3, padded
+    assert model.batches([2, 2, 2, 2], 13, [b, a, b, a]) == [[0, 2, 1], [3]]
     lengths = [random.Random(0).randint(1, 30) for _ in range(50)]
     batches = model.batches(lengths, 64)
     assert sorted(i for batch in batches for i in batch) == list(range(50))
@@ -128,6 +132,9 @@ def test_micro_batches():
 PROMPTS = [[5, 6, 7], [8, 9], [5, 6, 7], [10, 11, 12, 13]]
 COMPLETIONS = [[20, 21, 22, 23, 2], [24, 2], [25, 26, 27], [28]]
 A = torch.tensor([1.0, -0.5, 0.0, -0.25])
+
+
+STOP = [2, 7, 11, 13, 17, 19, 23, 29]
 
 
 def rolled(prompts=PROMPTS, completions=COMPLETIONS, logps=None):
@@ -183,6 +190,60 @@ def test_recomputing_layers_changes_no_gradient_and_saves_activations(layers):
     assert "forward" not in vars(llm.model.layers[2])  # and gone with the context
 
 
+TRAINED = {"1": (32,), "2": (32,), "1@answer": (32,), "2.input-norm": (32,), "1.self_attn.v_proj": (16,)}
+TRAINED |= {"1.lora": (40, 32), "2.self_attn.o_proj.lora": (32, 32)}  # of a LoRA the widths before and after
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama", "mistral", "qwen3", "gemma", "gemma2"])
+@pytest.mark.parametrize("place", TRAINED)
+def test_kept_states_and_prompts_read_once_change_no_gradient(family, place):
+    """Against texts read one by one, at any place, beside fixed vectors, also below it."""
+    llm, draw, k, shape = random_llm(family), torch.Generator().manual_seed(1), 3, TRAINED[place]
+    shapes = {f"{place}_A": (2, shape[0]), f"{place}_B": (shape[1], 2)} if "lora" in place else {place: shape}
+    trained = {int(n) if n.isdigit() else n: torch.randn(shape, generator=draw) / 6 for n, shape in shapes.items()}
+    trained = {name: s.requires_grad_() for name, s in trained.items()}
+    fixed = {0: torch.randn(32, generator=draw), "2.mlp.down_proj": torch.randn(32, generator=draw)}
+    prompts = [[5, 6, 7], [8, 9], [5, 6, 7, 10, 11, 12, 13, 14]]
+    with model.steer(llm, fixed | trained):
+        done, ended, states = model.sample(llm, prompts, k, 9, STOP, seed=3, keep=model.lowest_trained(trained))
+    assert len({len(c) for c in done}) >= 3
+    rows = model.Rollouts([p for p in prompts for _ in done[::3]], done, ended, [""] * 9, None, states)
+
+    def gradient(rows, budget, **how):
+        ran = []
+        handle = llm.model.layers[0].mlp.register_forward_hook(lambda *args: ran.append(1))
+        sums = train.accumulate_gradient(llm, fixed | trained, rows, torch.linspace(-1, 1, 9), 0.8, budget, **how)
+        handle.remove()
+        grads = [s.grad.clone() for s in trained.values()]
+        for s in trained.values():
+            s.grad = None
+        return grads, sums, len(ran)
+
+    got, sums, ran = gradient(rows, 40)
+    assert ran == 1 and 0 < sums["compared"] and sums["off_max"] < 1e-4  # layer 0 runs for the comparison alone
+    shared, _, _ = gradient(rows._replace(states=None), 40)
+    unshared, _, _ = gradient(rows, 40, recompute=True)
+    plain, plain_sums, _ = gradient(rows._replace(states=None), 1, recompute=True)
+    for want, *others in zip(plain, got, shared, unshared):
+        assert want.norm() > 0.01
+        for other in others:
+            torch.testing.assert_close(other, want, rtol=1e-3, atol=1e-5)
+    assert (sums["loss"], sums["nats"]) == pytest.approx((plain_sums["loss"], plain_sums["nats"]), rel=1e-4, abs=1e-5)
+
+
+def test_states_are_kept_only_where_they_are_used_and_fit(tmp_path, monkeypatch):
+    """The same run with and without; the difference is logged."""
+    for name, how in {"on": {}, "off": {"reuse": False}, "lowest": {"layer": "0"}, "full": {"method": "full"}}.items():
+        train.main(settings(tmp_path / name, steps=2, reward="random", **how))
+    monkeypatch.setattr(model, "KEPT_BYTES", 64 * 4 * 100)
+    train.main(settings(tmp_path / "large", steps=2, reward="random"))
+    logged = {path.parent.name: lines(path) for path in tmp_path.glob("*/metrics.jsonl")}
+    assert {name for name, rows in logged.items() if "mismatch_mean" in rows[0]} == {"on"}
+    assert all(0 <= m["mismatch_mean"] <= m["mismatch_max"] < 1e-4 for m in logged["on"])
+    for name in ("off", "large"):
+        assert [m["loss"] for m in logged[name]] == pytest.approx([m["loss"] for m in logged["on"]], rel=1e-4)
+
+
 def test_importance_weights_by_hand():
     """pi / mu = 0.3 / 0.2 = 1.5 and 0.9 / 0.3 = 3, cut at 2."""
     pi, mu = torch.tensor([[0.3, 0.9]]).log().requires_grad_(), torch.tensor([[0.2, 0.3]]).log()
@@ -224,7 +285,9 @@ def test_log_probs_of_the_sampler_weigh_every_token_and_are_compared():
 
 def test_rows_without_advantage_are_not_run(monkeypatch):
     seen, real = [], model.token_logps
-    monkeypatch.setattr(model, "token_logps", lambda llm, p, c, *rest: (seen.extend(c), real(llm, p, c, *rest))[1])
+    monkeypatch.setattr(
+        model, "token_logps", lambda llm, p, c, *rest, **how: (seen.extend(c), real(llm, p, c, *rest, **how))[1]
+    )
     gradient(10_000)
     assert sorted(seen) == sorted(COMPLETIONS[:2] + COMPLETIONS[3:])
 

@@ -1,0 +1,185 @@
+"""
+What k answers to one prompt share: its keys and values, in sampling and in training, and the states of lower layers.
+
+Sampling: AnswerCache. Training: read_together, and starting_at with the states that sampling had. Shapes are those of
+model.py; H heads, K key-value heads, G = H / K, E the size of a head.
+
+Transformers gives a forward pass's extra arguments to its attention function. The one that models have by default,
+"sdpa", takes one more here: `attend`, a function that is called instead.
+"""
+
+from contextlib import contextmanager
+
+import torch
+from torch.nn.functional import pad
+from transformers import AttentionInterface
+from transformers.cache_utils import DynamicCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+NO_MASK = torch.ones(1, 1, 1, 1, dtype=torch.bool)  # given a mask of 4 dimensions, transformers makes none
+
+
+def attention(module, query, key, value, attention_mask, attend=sdpa_attention_forward, **how):
+    return attend(module, query, key, value, attention_mask, **how)
+
+
+AttentionInterface.register("sdpa", attention)
+
+
+def left_padded(prompts: list[list[int]], device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Token ids of N prompts that end in one column, 1 where they are no padding, positions: (N, P) each."""
+    P = max(map(len, prompts))
+    ids = torch.tensor([[0] * (P - len(p)) + list(p) for p in prompts], device=device)
+    mask = torch.tensor([[0] * (P - len(p)) + [1] * len(p) for p in prompts], device=device)
+    return ids, mask, (mask.cumsum(1) - 1).clamp(min=0)
+
+
+class AnswerCache:
+    """
+    Keys and values while answers are decoded: those of N prompts once, and those of every row's own tokens.
+
+    A row's attention is one softmax over both: softmax(q [K_prompt, K_own]^T) [V_prompt, V_own]. For the products with
+    a prompt's keys and values, the queries of its rows are one matrix: they are read once, not once a row.
+    """
+
+    def __init__(self, prompts, mask: torch.Tensor, k: int):
+        """prompts: the cache of the prompts' forward pass. mask: (N, P), 0 where they are padded, on the left."""
+        self.prompts = [(layer.keys, layer.values) for layer in prompts.layers]  # (N, K, P, E)
+        self.own = [torch.empty(2, 0, 0, 0, 0)] * len(self.prompts)  # keys and values (2, rows, K, room, E)
+        self.length = [0] * len(self.prompts)  # tokens in it
+        self.padding = torch.zeros(mask.shape, device=mask.device).masked_fill(mask == 0, -torch.inf)
+        self.place(torch.arange(len(mask), device=mask.device).repeat_interleave(k))
+
+    def place(self, owner: torch.Tensor) -> None:
+        """Number the rows of every prompt. owner: (rows,), the prompt of each, in order."""
+        self.owner = owner
+        self.number = torch.arange(len(owner), device=owner.device) - torch.searchsorted(owner, owner)
+        self.most = int(self.number.max()) + 1  # rows of one prompt
+        self.bias = self.padding[owner, None, None]  # (rows, 1, 1, P), for the scores
+
+    def update(self, key, value, layer: int, *args, **how):
+        """Append a token's keys and values, (rows, K, 1, E); returns those of the rows' own tokens, (rows, K, t, E)."""
+        own, t = self.own[layer], self.length[layer]
+        if t == own.shape[3]:  # room for twice as many: an answer may be long, but few are
+            room = key.new_empty(2, *key.shape[:2], max(32, t), key.shape[3])
+            own = self.own[layer] = torch.cat([own[:, : len(key)], room], 3) if t else room
+        own, self.length[layer] = own[:, : len(key), :, : t + 1], t + 1
+        own[0, :, :, t:], own[1, :, :, t:] = key, value
+        return own[0], own[1]
+
+    def batch_select_indices(self, alive: torch.Tensor) -> None:
+        """Keep these rows, and the prompts that they have."""
+        prompts, owner = self.owner[alive].unique(return_inverse=True)
+        if len(prompts) < len(self.padding):
+            self.prompts = [(key[prompts], value[prompts]) for key, value in self.prompts]
+            self.padding = self.padding[prompts]
+        self.place(owner)
+        for own, t in zip(self.own, self.length):
+            if t:
+                own[:, : len(alive), :, :t] = own[:, alive, :, :t]
+
+    def attend(self, module, query, key, value, mask, scaling=None, sliding_window=None, **how):
+        """query: (rows, H, 1, E), of a token each; key, value: (rows, K, t, E). Returns (rows, 1, H, E), None."""
+        prompt_key, prompt_value = self.prompts[module.layer_idx]
+        q, P = scaling * query.view(*key.shape[:2], -1, key.shape[3]), prompt_key.shape[2]  # (rows, K, G, E)
+        scores = torch.cat([self.with_prompts(q, prompt_key.mT) + self.bias, q @ key.mT], -1)
+        if sliding_window is not None:  # all prompts end in column P - 1: the last columns are the last tokens
+            scores[..., :-sliding_window] = -torch.inf
+        weights = scores.softmax(-1)  # (rows, K, G, P + t)
+        out = self.with_prompts(weights[..., :P], prompt_value) + weights[..., P:] @ value
+        return out.view(len(out), 1, -1, out.shape[-1]), None
+
+    def with_prompts(self, x, y):
+        """The product of every row's x with its prompt's y: (rows, K, G, a), (N, K, a, b) -> (rows, K, G, b)."""
+        together = x.new_zeros(*y.shape[:2], self.most, *x.shape[2:])  # (N, K, most, G, a)
+        together[self.owner, :, self.number] = x
+        return (together.flatten(2, 3) @ y).unflatten(2, (self.most, -1))[self.owner, :, self.number]
+
+
+def batches(lengths: list[int], budget: int, prompts: list[list[int]] | None = None) -> list[list[int]]:
+    """
+    Split rows into batches of at most `budget` tokens, padding included: lists of row numbers, longest rows first.
+
+    A row longer than the budget gets a batch of its own. ([3, 5, 2], 6) -> [[1], [0, 2]]
+    prompts: of every row the prompt, where it is read once for all rows of a batch and is no part of their lengths.
+    """
+    prompts, numbers = [tuple(p) for p in prompts or [()] * len(lengths)], {}
+    number = [numbers.setdefault(p, len(numbers)) for p in prompts]
+    found, there, longest = [], set(), 0  # the batches; the prompts of the last one, and the length of their longest
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], number[i])):
+        there, longest = there | {number[i]}, max(longest, len(prompts[i]))
+        # the first row of a batch is its longest: what all of its rows are padded to
+        if found and lengths[found[-1][0]] * (len(found[-1]) + 1) + longest * len(there) <= budget:
+            found[-1].append(i)
+        else:
+            found.append([i])
+            there, longest = {number[i]}, len(prompts[i])
+    return found
+
+
+def states_by_row(prompts, completions, fed, entering) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """
+    The states of a batch's forward passes, row by row: of the prompt (P, D) and of the completion's tokens (C - 1, D).
+
+    fed: the rows that were in each pass after the prompts'. entering: (N, P, D), then (rows, 1, D) each; is emptied.
+    """
+    first, k = entering[0], len(completions) // len(prompts)
+    later = first.new_zeros(len(completions), len(fed), first.shape[-1])
+    for t, (rows, h) in enumerate(zip(fed, entering[1:])):
+        later[rows, t] = h[:, 0]
+    entering.clear()
+    return [(first[i // k, -len(prompts[i // k]) :], later[i, : len(c) - 1]) for i, c in enumerate(completions)]
+
+
+@contextmanager
+def starting_at(blocks, layer: int, h: torch.Tensor | None):
+    """Inside the context the decoder starts at this one of its blocks with the states h; the lower ones do nothing."""
+    if h is None:
+        yield
+        return
+    handle = blocks[layer].register_forward_pre_hook(lambda module, args: (h,))
+    for block in blocks[:layer]:
+        block.forward = lambda x, *args, **how: x
+    try:
+        yield
+    finally:
+        handle.remove()
+        for block in blocks[:layer]:
+            del block.forward  # the class's own is visible again
+
+
+def read_together(llm, prompts, completions, layer=0, kept: list | None = None) -> torch.Tensor:
+    """
+    As `read`, but a prompt is run once for all of its completions: the states that predict their tokens, row by row.
+
+    Gradients flow through the prompt's keys and values. kept: of every row the states that enter `layer`, see `sample`.
+    """
+    texts = list(dict.fromkeys(map(tuple, prompts)))  # N of them, each once
+    owner = [texts.index(tuple(p)) for p in prompts]
+    C = max(2, *map(len, completions)) - 1  # after the last token nothing is predicted
+    cache, blocks = DynamicCache(), llm.get_decoder().layers
+    ids, mask, positions = left_padded(texts, llm.device)
+    later = torch.tensor([(c[:-1] + [0] * C)[:C] for c in completions], device=llm.device)  # (B, C)
+    given = later_given = None
+    if kept is not None:
+        given = [kept[owner.index(i)][0] for i in range(len(texts))]
+        given = torch.stack([pad(x, (0, 0, ids.shape[1] - len(x), 0)) for x in given])
+        later_given = torch.stack([pad(x, (0, 0, 0, C - len(x))) for _, x in kept])
+
+    def run(ids, mask, positions):
+        how = dict(attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
+        return llm.get_decoder()(input_ids=ids, **how).last_hidden_state
+
+    llm.answer_positions = torch.arange(ids.shape[1], device=llm.device).expand(ids.shape) == ids.shape[1] - 1
+    with starting_at(blocks, layer, given):
+        last = run(ids, mask, positions)[:, -1:]  # (N, 1, D), of the prompts' last tokens
+    owner = torch.tensor(owner, device=llm.device)
+    for part in cache.layers[layer:]:
+        part.keys, part.values = part.keys.index_select(0, owner), part.values.index_select(0, owner)
+    cache.layers[:layer] = [cache.layers[layer]] * layer  # transformers asks the first one how long it is
+    llm.answer_positions = torch.ones(1, 1, device=llm.device)
+    mask = torch.cat([mask[owner], torch.ones_like(later)], 1)
+    with starting_at(blocks, layer, later_given):
+        h = run(later, mask, positions[owner, -1:] + 1 + torch.arange(C, device=llm.device))  # (B, C, D)
+    lengths = torch.tensor([len(c) for c in completions], device=llm.device)
+    return torch.cat([last[owner], h], 1)[torch.arange(C + 1, device=llm.device) < lengths[:, None]]
