@@ -3,6 +3,7 @@ Tokens per second of model.sample against the same model's `generate`, in turn, 
 
 $ python tests/bench.py                    # the embedded model, 32 problems x 16 samples, as in a step of train.py
 $ python tests/bench.py --vectors out/tiny-layer27/vectors.safetensors  # steered: longer, more even answers
+$ python tests/bench.py --growth           # instead: seconds of a training step against rollouts, length and layer
 """
 
 import statistics
@@ -17,6 +18,7 @@ from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import model  # noqa: E402
+import train  # noqa: E402
 from data.problems import problems_of  # noqa: E402
 
 
@@ -29,6 +31,8 @@ class Config:
     max_tokens: int = 80                   # longest answer
     rounds: int = 3                        # pairs of measurements, after one that does not count
     threads: int | None = None             # CPU threads; default torch's
+    growth: bool = False                   # measure how a step's cost grows instead
+    out: str = "out/figures/growth.png"    # its figure
 
 
 def generate(llm, prompts, k, max_tokens, stop):
@@ -45,6 +49,44 @@ def generate(llm, prompts, k, max_tokens, stop):
     return (ends.cumsum(1) - ends.long() == 0).sum().item()
 
 
+def step(llm, prompts, k: int, length: int, layer: int) -> float:
+    """Processor seconds of a step without grading: k answers of this length to each prompt, and their gradient."""
+    began, vectors = time.process_time(), {layer: torch.zeros(llm.config.hidden_size, requires_grad=True)}
+    with model.steer(llm, vectors):
+        completions, ended, *states = model.sample(llm, prompts, k, length, [], keep=layer or None)
+    rows = [p for p in prompts for _ in range(k)]
+    rolled = model.Rollouts(rows, completions, ended, [""] * len(rows), None, *states)
+    train.accumulate_gradient(llm, vectors, rolled, torch.ones(len(rows)), 1.0, 4096)
+    return time.process_time() - began
+
+
+def growth(args: Config, llm, prompts) -> None:
+    """Seconds of a step against its rollouts, their length and the layer, one at a time; prints them and draws them."""
+    import matplotlib.pyplot as plt
+
+    usual = {"rollouts": 256, "length": 48, "layer": 14}
+    depth = llm.config.num_hidden_layers
+    layers = [*range(0, depth, 7), depth - 1]
+    values = {"rollouts": [32, 64, 128, 256, 512], "length": [6, 12, 24, 48, 96], "layer": layers}
+    label = {"length": "tokens of an answer", "layer": "layer of the vector"}
+    figure, panels = plt.subplots(1, 3, figsize=(9, 3), sharey=True, constrained_layout=True)
+    for panel, (name, xs) in zip(panels, values.items()):
+        seconds = []
+        for x in xs:
+            now = usual | {name: x}
+            given = prompts[:16], now["rollouts"] // 16, now["length"], now["layer"]
+            runs = [step(llm, *given) for _ in range(args.rounds)]
+            seconds.append(statistics.median(runs))
+            print(f"{name} {x}: {seconds[-1]:.2f} s, {min(runs):.2f} to {max(runs):.2f}", flush=True)
+        panel.plot(xs, seconds, "o-")
+        panel.set(xlabel=label.get(name, name))
+    panels[0].set(ylabel="processor seconds of a step", ylim=(0, None))
+    figure.suptitle(", ".join(f"{name} {x}" for name, x in usual.items()) + ", where not varied")
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(args.out, dpi=150)
+    print(f"wrote {args.out}")
+
+
 def main(args: Config) -> None:
     logging.set_verbosity_error()
     if args.threads:
@@ -53,6 +95,8 @@ def main(args: Config) -> None:
     vectors = model.load_vectors(args.vectors, llm.config)[0] if args.vectors else {}
     rows = problems_of(model.TINY / "test.jsonl").rows[: args.prompts]
     prompts, stop = [model.prompt_ids(tokenizer, row["problem"]) for row in rows], model.stop_ids(llm, tokenizer)
+    if args.growth:
+        return growth(args, llm, prompts)
     speeds = {"generate": [], "sample": []}
     for i in range(args.rounds + 1):
         for name in speeds:
