@@ -1,11 +1,12 @@
 """Exercises 1.1 to 1.6: the maths of RLOO. Each: the cases, a second way, wrong versions whose names are the slips'."""
 
 import math
-from types import SimpleNamespace
 
 import torch
 from assignments_grade import Exercise
 from conftest import random_llm
+
+from model import Rollouts
 
 
 def drawn(seed: int):
@@ -235,7 +236,7 @@ def gradient_cases(fn, seed):
     sampled = [(-torch.rand(len(c), generator=draw) * 5).tolist() for c in completions]
 
     def run(llm, budget, begin=0.0, logps=None, vectors=None):
-        rolled = SimpleNamespace(prompts=prompts, completions=completions, logps=logps)
+        rolled = Rollouts(prompts, completions, [], [], logps)
         v = torch.randn(32, generator=torch.Generator().manual_seed(seed)).requires_grad_()
         v.grad = torch.full_like(v, begin)
         sums = fn(llm, {1: v}, rolled, A, 1.0, budget)

@@ -894,8 +894,8 @@ def test_the_papers_numbers_are_drawn_by_the_same_functions(tmp_path):
     assert found["sweep", "Llam"]["layers"] == list(range(32))
     travel = found["persistence", "Qwen"]["by_layer"]["1"]
     assert travel["layers"] == list(range(1, 28))
-    assert travel["diff_diff"][25 - 1]["value"] == 0.29 and travel["diff_vector"][1]["value"] == 0.33
-    assert found["persistence", "Llam"]["by_layer"]["0"]["diff_diff"][11]["value"] == 0.24
+    assert travel["diff_diff_authors"][25 - 1]["value"] == 0.29 and travel["diff_vector"][1]["value"] == 0.33
+    assert found["persistence", "Llam"]["by_layer"]["0"]["diff_diff_authors"][11]["value"] == 0.24
     qwen = found["prefix", "Qwen"]["by_decoding"]["greedy"]
     assert shown(qwen, "base", 'base + "To"', "vector") == [24.8, 35.5, 38.7]
     assert shown(found["prefix", "Llam"]["by_decoding"]["T = 1"], 'base + "Step"') == [13.4]
