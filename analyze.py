@@ -1200,7 +1200,7 @@ def cost(lab: Lab) -> dict:
             "training_seconds": sum(step.get(part, 0.0) for step in steps for part in parts),
             "update_seconds": statistics.median(step["seconds_update"] for step in steps),
             "sync_seconds": statistics.median(step["seconds_sync"] for step in steps),
-            "sampler": run.config.get("sampler"), "right": {},
+            "sampler": run.config.get("sampler"), "label": run.label, "right": {},
         }  # fmt: skip
         file = run.folder / "eval.json"
         measured = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
@@ -1209,11 +1209,11 @@ def cost(lab: Lab) -> dict:
             if m["benchmark"] == ("Avg" if "Avg" in names else names[0]) and (steered := m.get("steered")):
                 decoding = f"T = {m['temperature']:g}" if m["temperature"] else "greedy"
                 n = f", n = {steered['problems']}" if "problems" in steered else ""
-                value, low, high = (100 * x for x in (steered["value"], *steered["interval_95"]))
-                row["right"][f"{m['benchmark']}, {decoding}{n} %"] = f"{value:.1f} [{low:.1f}, {high:.1f}]"
+                text = "{:.1f} [{:.1f}, {:.1f}]".format(*(100 * x for x in (steered["value"], *steered["interval_95"])))
+                row["right"][f"{m['benchmark']}, {decoding}{n} %"] = steered | {"text": text, "base": m.get("base")}
         columns |= dict.fromkeys(row["right"])
     for name, row in found.items():
-        cells = [row["right"].get(column, "") for column in columns]
+        cells = [row["right"].get(column, {"text": ""})["text"] for column in columns]
         cells += [f"{row['trained_parameters']:,}", f"{row['optimizer_bytes'] / 1000:,.1f} kB"]
         cells += [f"{row['training_seconds']:,.0f} s", f"{row['update_seconds']:.2g} s", f"{row['sync_seconds']:.2g} s"]
         table.append([name, *cells, str(row["sampler"])])

@@ -5,6 +5,8 @@ $ python train.py --layer 27                         # embedded model, 2 CPU cor
 $ python train.py --layer all                        # one vector per layer (arXiv:2505.18706): 87 %
 $ python train.py --layer 26 --site input-norm       # at another site (arXiv:2509.06608, Fig. 10): 52 %
 $ python train.py --layer 26 --method lora --rank 1  # a vector scaled per token: 93 %
+$ python train.py --layer 14 --numbers 4             # a vector made of 4 trained numbers: 26 %
+$ python train.py --layer all --method tiny --rank 2 # TinyLoRA, 13 numbers (arXiv:2602.04118): 73 %
 $ python train.py --method full                      # all weights, the papers' baseline: 97 %
 $ python train.py --layer 27 --resume                # goes on where a run was stopped
 
@@ -16,6 +18,7 @@ step on the vectors. No KL, no clipped ratio, no standard deviation, one update 
 
 Writes to the run folder: config.json, vectors.safetensors (or weights/), metrics.jsonl, samples.jsonl, state.pt,
 reward.png. Metrics, all weights and several processes: data/parallel.py. The run folder: data/runs.py.
+A few trained numbers: data/subspace.py.
 """
 
 import math
@@ -30,7 +33,6 @@ from typing import Literal
 import torch
 import tyro
 from torch import nn
-from torch.nn.functional import normalize
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -41,6 +43,7 @@ from data.compare import compare_with_base, held_out_accuracy
 from data.parallel import AllWeights, batch_of_problems, compare, log, rank, share, timed, tokens_of_all
 from data.problems import MATH_PROMPT, ROOT, Problems, authors_rate, problems_of, recipe
 from data.runs import begin, check, check_folder, name_of_run, parse_layers
+from data.subspace import Few, earlier_directions, vectors_in
 from evaluate import Subject
 from rewards import grade, grading_timeouts
 
@@ -51,10 +54,11 @@ class Config:
 
     layer: str = "27"                   # layers that get a vector, 0-based: 27, -1 (the last), 3,14 or all
     model: str = "tiny"                 # the embedded model, a local folder or a hub id; kept frozen
-    method: Literal["vector", "lora", "full"] = "vector"  # vectors, LoRA on a linear module, or all weights
+    method: Literal["vector", "lora", "tiny", "full"] = "vector"  # vectors, LoRA on a linear module, TinyLoRA, weights
     site: str = "end"                   # input-norm, attention, post-attention-norm, end, or a module's path
     where: Literal["all", "answer"] = "all"  # positions that get it: all, or those that predict the answer
     rank: int = 1                       # of the LoRA (at the end of a layer: on mlp.down_proj)
+    numbers: int | None = None          # that make a vector, trained in its place; tiny: 13 by default, for all layers
     orthogonal_to: tuple[str, ...] = ()  # keep the vector orthogonal to the vectors of these runs
     init: str | None = None             # start from this run's vectors; its others stay fixed but are applied
     data: str | None = None             # problems, jsonl; default data/tiny/train.jsonl; data/deepscaler.jsonl
@@ -176,7 +180,9 @@ def accumulate_gradient(
         if states is not None:  # a few rows of the last batch, its longest, without them
             few = slice(4)
             with torch.no_grad():
-                compare(sums, logps[few], model.token_logps(llm, *(x[few] for x in texts), temperature)[0], mask[few])
+                again, there = model.token_logps(llm, *(x[few] for x in texts), temperature)
+            C = there.shape[1]  # the longest answer of these few
+            compare(sums, logps[few, :C], again, there)
     return sums
 
 
@@ -216,7 +222,7 @@ class Run:
 
 def main(args: Config) -> None:
     run = open_run(args)
-    args, llm, trained = run.args, run.subject.llm, METHODS[run.args.method](run)
+    args, llm, trained = run.args, run.subject.llm, trained_of(run)
     adam = adam_of(trained.values, trained.rates)
     first = start(run, trained, adam)
     with runs.told_how_to_go_on(run):
@@ -234,6 +240,7 @@ def main(args: Config) -> None:
             sums["norm"] = update(trained, adam, args.clip, (step + 1) / args.warmup)
             log(run, step, trained.steering, sums, batch, rolled, right, rewards)
             save(run, step, trained, adam)
+            del rolled  # its states, before the next ones are kept
         finish(run, trained.steering)
 
 
@@ -315,8 +322,8 @@ class Vectors:
     """
     Steering vectors or LoRAs at some places of the frozen model, fp32.
 
-    AllWeights answers the same calls: values {name: fp32 tensor that Adam steps}, their rates, steering (what is added
-    to the stream), gathered (the gradients of all processes), after_step, put_back (after values were read), write.
+    AllWeights and Few answer the same calls: values {name: fp32 tensor that Adam steps}, their rates, steering (what is
+    added to the stream), gathered (the gradients of all processes), after_step, put_back (values were read), write.
     """
 
     def __init__(self, run: Run):
@@ -328,7 +335,7 @@ class Vectors:
         self.earlier = earlier_directions(args, llm, places)
         for place, s in self.values.items():
             s.grad = torch.zeros_like(s)  # never None: a process without rows takes part in the sum
-            if rank() == 0:
+            if rank() == 0 and not args.numbers:
                 whose = "the authors' rate" if args.lr == "paper" and not args.lr_absolute else "learning rate"
                 print(f"layer {place}: size there {rms[place]:.2f}, {whose} {self.rates[place]:.3g} a step")
 
@@ -354,14 +361,16 @@ class Vectors:
         model.save_vectors(file, self.steering, self.run.subject.llm, self.run.args.model, step)
 
 
-METHODS = {"vector": Vectors, "lora": Vectors, "full": AllWeights}
+def trained_of(run: Run):
+    made = AllWeights(run) if run.args.method == "full" else Vectors(run)
+    return Few(made, run) if run.args.numbers else made
 
 
 def places_of(args: Config, depth: int) -> list:
     """Where something is trained: layers or other places, for a LoRA those of its two matrices."""
     site = "" if args.site == "end" else f".{args.site}"
     where = "" if args.where == "all" else f"@{args.where}"
-    matrices = (".lora_A", ".lora_B") if args.method == "lora" else ("",)
+    matrices = (".lora_A", ".lora_B") if args.method in ("lora", "tiny") else ("",)
     layers = parse_layers(args.layer, depth)
     if not (site or where or any(matrices)):
         return layers
@@ -391,25 +400,6 @@ def start_values(args: Config, llm, rms: dict) -> tuple[dict, dict]:
             sys.exit(f"--init {args.init}: its LoRA has another rank than --rank {args.rank}")
         values[place] = given.pop(place, s).to(llm.device).requires_grad_()
     return values, given
-
-
-def vectors_in(folder: str, llm) -> dict:
-    return model.load_vectors(Path(folder) / "vectors.safetensors", llm.config)[0]
-
-
-def earlier_directions(args: Config, llm, places: list) -> dict:
-    """{place: (n, D) orthonormal rows that span the vectors which the runs of --orthogonal-to have there}."""
-    runs = {run: vectors_in(run, llm) for run in args.orthogonal_to}
-    found = {}
-    for place in places if runs else ():
-        for run, vectors in runs.items():
-            if place not in vectors:
-                sys.exit(f"--orthogonal-to {run}: that run has no vector at {place}")
-        stack = normalize(torch.stack([vectors[place] for vectors in runs.values()], 1).double(), dim=0)  # (D, n)
-        if torch.linalg.matrix_rank(stack, rtol=1e-4) < len(runs):  # QR would complete the basis by any axis
-            sys.exit(f"--orthogonal-to: the vectors of {', '.join(runs)} at {place} are zero or not independent")
-        found[place] = torch.linalg.qr(stack).Q.T.float().to(llm.device)
-    return found
 
 
 def learning_rates(args: Config, rms: dict, values: dict) -> dict:

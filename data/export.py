@@ -68,6 +68,9 @@ def export(
         trained = Trained(Path(run), settings, vectors, meta, AutoModelForCausalLM.from_config(config))
     write_it, default, use = FORMATS[to]
     path = Path(out or Path(run) / default)
+    mark = {"peft": "adapter_config.json", "vllm": "steering.safetensors"}.get(to)
+    if path.exists() and (path.is_dir() != bool(mark) or (mark and not (path / mark).is_file())):
+        sys.exit(f"--out {path} is there and is no export --to {to}: name another")  # it would be replaced
     write_it(trained, path)
     if use:
         print(f"wrote {path}; {use.format(path)}")
@@ -133,18 +136,21 @@ def model_card(trained: Trained) -> str:
     """What the adapter is, how it was trained and measured, how it is loaded."""
     settings, measured = trained.settings, trained.run / "eval.md"
     base = trained.base if isinstance(trained.base, str) else None  # a card may name a model of the hub only
-    names = ("data", "steps", "prompts", "samples", "temperature", "lr", "lr_absolute", "clip", "seed", "dtype")
-    trained_with = {name: settings.get(name) for name in (*names, "reward", "template", "system")}
+    names = ("method", "rank", "numbers", "data", "steps", "prompts", "samples", "temperature", "lr", "lr_absolute")
+    names += ("clip", "seed", "dtype", "reward", "template", "system")
+    trained_with = {name: settings.get(name) for name in names}
+    lora = settings.get("method") in ("lora", "tiny")
     table = lambda rows: "\n".join(f"| {key} | {value} |" for key, value in rows.items() if value is not None)  # noqa: E731
     return CARD.format(
         base_model=f"base_model: {base}\n" if base else "",
         name=settings["model"],
-        what="A LoRA" if settings.get("method") == "lora" else "A steering vector",
+        what="A LoRA" if settings.get("method") in ("lora", "tiny") else "A steering vector",
         label=label_of(settings),
         about=table({key.replace("_", " "): value for key, value in trained.meta.items()}),
         settings=table(trained_with),
         accuracy=measured.read_text(encoding="utf-8").strip() if measured.is_file() else "Not measured.",
         source=base or "PATH OF THE BASE MODEL",
+        merging="" if lora else "\nA bias cannot be merged into a module that has none: load it as above.\n",
     )
 
 
@@ -155,7 +161,7 @@ tags: [steering-vector, rloo]
 ---
 # {what} for {name}, layer {label}
 
-Trained with RLOO on maths problems while the model was frozen, as in
+Trained with RLOO while the model was frozen, as in
 [Small Vectors, Big Effects](https://arxiv.org/abs/2509.06608). The adapter adds it to the output of the modules that
 `adapter_config.json` names, at every position, prompt included.
 
@@ -184,9 +190,7 @@ from transformers import AutoModelForCausalLM
 llm = AutoModelForCausalLM.from_pretrained("{source}")
 llm = PeftModel.from_pretrained(llm, "THIS FOLDER")
 ```
-
-A bias cannot be merged into a module that has none: load it as above.
-"""
+{merging}"""
 
 
 # --------------------------------------------------------------------------------------------------------------- vLLM

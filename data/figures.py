@@ -7,6 +7,7 @@ as do "xlabel", "ylabel" and "subtitle". So analyze.py and data/paper.py say wha
 """
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -171,7 +172,7 @@ def lines(ax, series, flat=(), depth=None, names=None, log_y=False, whole_x=Fals
     key(ax)
 
 
-def dots(ax, series, flat=(), ticks=None, y=None) -> None:
+def dots(ax, series, flat=(), ticks=None, y=None, log_x=False) -> None:
     """Estimates as dots with error bars, filled where "full" says so. ticks: {x: name}; y: limits of the axis."""
     for i, one in enumerate(series):
         for x, value, low, high, full in zip(one["x"], one["y"], one["low"], one["high"], one["full"]):
@@ -181,7 +182,10 @@ def dots(ax, series, flat=(), ticks=None, y=None) -> None:
             )
         ax.plot([], [], "o", ms=4, color=f"C{i}", label=one["label"])
     flats(ax, flat)
-    ax.set_xticks(list(ticks or ()), list((ticks or {}).values()), fontsize=7)
+    if log_x:
+        ax.set_xscale("log")
+        ax.minorticks_off()
+    ax.set_xticks(list(ticks or ()), list((ticks or {}).values()), fontsize=7, rotation=45 * log_x)
     if y:
         ax.set_ylim(*y)
     key(ax, loc="center left", bbox_to_anchor=(1, 0.5))
@@ -566,5 +570,24 @@ def scale(found: dict) -> dict:
 
 @figure
 def cost(found: dict) -> dict:
+    """Accuracy against the number of trained numbers, where evaluate.py has measured it, else the table."""
+    runs, panels = sorted(found["runs"].values(), key=lambda row: row["trained_parameters"]), []
+    for column in dict.fromkeys(column for row in runs for column in row["right"]):
+        measured, marks, beside = [row for row in runs if column in row["right"]], {}, Counter()
+        for row in measured:
+            n, (layers, *rest) = row["trained_parameters"], row["label"].split(", ")
+            whose = {"all": "all layers", "all weights": "all weights"}.get(layers, f"layer {layers}")
+            marks.setdefault(", ".join([whose, *rest]), []).append((n * 1.12 ** beside[n], row["right"][column]))
+            beside[n] += 1  # runs with as many numbers stand beside each other
+        series = [line(label, *zip(*some), None) | {"full": [True] * len(some)} for label, some in marks.items()]
+        base = next((row["right"][column]["base"] for row in measured if row["right"][column]["base"]), None)
+        names = {n: f"{n:,}" if n < 1e5 else f"{n / 1e6:.2g} M" for n in beside}
+        panel = {"form": "dots", "series": series, "ticks": names, "y": (0, 100), "log_x": True}
+        panel |= {"flat": level([("base model", base, "black")]), "xlabel": "trained numbers"}
+        panel |= {"ylabel": f"right answers, {column}"}
+        panels += [panel] * (len(beside) > 1)
+    if panels:
+        title = "How many trained numbers does it take?"
+        return {"title": title, "panels": panels, "columns": 1, "size": (8, 3.8 * len(panels)), "note": ERROR_BARS}
     note = "training: sampling, grading and training of all steps; update and sync: medians over steps"
     return table_figure(found, "What does training cost?", note)

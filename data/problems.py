@@ -206,6 +206,8 @@ def recipe(name: str, method: str = "vector", data: str | None = None) -> dict:
     own = data is not None and (tiny or Path(data).stem not in SMALLER)
     if own or not (ROOT / found["held_out"]).is_file():
         found["held_out"] = None
+    if method == "tiny":
+        found["numbers"] = 13  # arXiv:2602.04118
     if method == "full":
         return found | dict(lr_absolute=rates.get("full", 1e-6), save_every=53)  # 53: the authors', 6 in a run
     return found | dict(save_every=1)

@@ -25,7 +25,9 @@ def source_of(name: str):
     """Where a model is: the folder of the embedded one or of a relative, another local folder, or the hub id itself."""
     path = FAMILY.get(name, Path(name))
     if name in FAMILY and not (path / "config.json").is_file():
-        makes = f"`python data/tiny/pretrain.py --relative {name[5:]}` makes it in minutes"
+        kind = name.removeprefix("tiny-").replace("organism-", "organism ", 1)
+        kind = kind if kind.startswith("organism") else f"relative {kind}"
+        makes = f"`python data/tiny/pretrain.py --{kind}` makes it in minutes"
         sys.exit(f"{name} is not in the repository: {makes}")
     if path.is_dir() and not (path / "config.json").is_file():
         sys.exit(f"no model in {path}: a model folder holds config.json, *.safetensors and the tokenizer's files")
@@ -130,16 +132,21 @@ def check(args) -> None:
     """Exit with one line for a setting of train.py that cannot work, before anything is loaded or written."""
     given = {name: value for name, value in vars(args).items() if value not in (None, "paper")}
     least = dict(steps=1, prompts=1, samples=2, max_tokens=1, warmup=1, rows=1, context=2, tensor_parallel=1)
-    for name, low in (least | dict(micro_tokens=1, rank=1, eval_every=1, keep_every=1)).items():
+    for name, low in (least | dict(micro_tokens=1, rank=1, numbers=1, eval_every=1, keep_every=1)).items():
         if given.get(name, low) < low:
             sys.exit(f"{flag(name)} wants at least {low}, got {given[name]}")
     for name in ("temperature", "lr", "lr_absolute", "clip"):
         if not 0 < given.get(name, 1) < 1e30:  # the numbers of the model are float32
             sys.exit(f"{flag(name)} wants a number above 0 and below 1e30, got {given[name]}")
     check_seed(args.seed)
-    for name in {"lora": ("orthogonal_to",), "full": ("site", "where", "orthogonal_to", "init")}.get(args.method, ()):
+    closed = {"lora": ("orthogonal_to", "numbers"), "full": ("site", "where", "orthogonal_to", "init", "numbers")}
+    for name in closed.get(args.method, ()):
         if getattr(args, name) != getattr(type(args), name):
-            sys.exit(f"{flag(name)} goes with --method vector, not with {args.method}")
+            suits = "vector or tiny" if name == "numbers" else "vector"
+            sys.exit(f"{flag(name)} goes with --method {suits}, not with {args.method}")
+    for name in ("orthogonal_to", "init") if args.numbers or args.method == "tiny" else ():
+        if getattr(args, name):
+            sys.exit(f"{flag(name)} is for whole vectors, not for those made of a few numbers")
     memory, cap = args.vllm_memory, args.weight_cap
     if not 0 < memory <= 1:
         sys.exit(f"--vllm-memory wants a share of the GPU's memory between 0 and 1, got {memory}")
@@ -189,6 +196,8 @@ def name_of_run(args) -> str:
         (args.site, args.site != "end"),
         (args.where, args.where != "all"),
         (f"lora{args.rank}", args.method == "lora"),
+        (f"tinylora{args.rank}", args.method == "tiny"),
+        (f"numbers{args.numbers}", args.numbers),
         (f"orthogonal{len(args.orthogonal_to)}", args.orthogonal_to),
         (f"reward-{args.reward}", args.reward != "verify"),
     ]
@@ -200,10 +209,13 @@ def name_of_run(args) -> str:
 
 def label_of(config: dict) -> str:
     """What the config says about a run's vectors: "27", "26, attention", "14, orthogonal to 2"."""
-    parts = [str(config.get("layer", "?"))]
+    parts = ["all weights" if config.get("method") == "full" else str(config.get("layer", "?"))]
     parts += [config.get("site")] * (config.get("site", "end") != "end")
     parts += ["answers only"] * (config.get("where", "all") != "all")
     parts += [f"LoRA of rank {config.get('rank')}"] * (config.get("method") == "lora")
+    parts += [f"TinyLoRA of rank {config.get('rank')}"] * (config.get("method") == "tiny")
+    few = config.get("numbers") or 0
+    parts += [f"{few} number{'s' * (few > 1)}"] * (few > 0)
     earlier = config.get("orthogonal_to") or ()
     return ", ".join(parts + [f"orthogonal to {len(earlier)}"] * bool(earlier))
 

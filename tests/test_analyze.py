@@ -837,6 +837,25 @@ def test_cost_shows_what_was_measured(runs, tmp_path):
     assert rows[1][:4] == ["all", "", "", "1,792"] and "28 times as many" in doc["reading"]
 
 
+def test_the_ladder_shows_accuracy_against_trained_numbers(tmp_path):
+    """By hand: two seeds of 4 numbers beside each other, all weights; greedy has one run and no panel."""
+    rows = [("14, 4 numbers", 4, 0.5), ("all weights", 1_444_672, 0.9), ("14, 4 numbers", 4, 0.6), ("27", 64, None)]
+    found = {"runs": {}, "about": "tiny", "table": (["run"], [["a"]])}
+    for i, (label, n, value) in enumerate(rows):
+        one = {"value": value, "interval_95": [(value or 0) - 0.1, (value or 0) + 0.05], "base": {"value": 0.2}}
+        right = {"T = 1": one, "greedy": one} if i == 1 else {"T = 1": one} if value else {}
+        found["runs"][str(i)] = {"trained_parameters": n, "label": label, "right": right}
+    (panel,) = figures.FIGURES["cost"](found)["panels"]
+    few, every = panel["series"]
+    assert (few["label"], few["x"], every["x"]) == ("layer 14, 4 numbers", [4, 4 * 1.12], [1_444_672])
+    assert (few["y"], few["low"], few["high"]) == ([50, 60], [40, 50], pytest.approx([55, 65]))
+    assert panel["ticks"] == {4: "4", 1_444_672: "1.4 M"} and panel["flat"][0]["y"] == 20
+    figures.draw("cost", found, tmp_path / "cost.png")
+    assert (tmp_path / "cost.png").stat().st_size > 10_000
+    found["runs"] = {"3": found["runs"]["3"]}
+    assert figures.FIGURES["cost"](found)["panels"][0]["form"] == "table"
+
+
 ERRORS = {
     "vLLM under hooks": (("patch", "a"), {"sampler": "vllm", "sample_heads": True}, "--sampler vllm: patch samples"),
     "vLLM beside copies": (("attention", "a"), {"sampler": "vllm"}, "--sampler vllm: attention samples"),

@@ -253,6 +253,19 @@ def test_what_a_format_cannot_hold_is_refused(run_of, to, vectors, settings, lin
     assert sorted(run.iterdir()) == before  # and nothing is left half written
 
 
+@pytest.mark.parametrize("to", ["peft", "vllm", "gguf"])
+def test_what_is_there_and_is_no_export_is_not_replaced(run_of, to, tmp_path):
+    folder = run_of({27: torch.ones(64)})
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    for place in (folder, tmp_path / "mine"):
+        with pytest.raises(SystemExit, match="is there and is no export --to " + to):
+            export(str(folder), to, str(place))
+    assert (folder / "vectors.safetensors").is_file() and (tmp_path / "mine" / "notes.txt").read_text() == "mine"
+    for _ in range(2):  # an earlier export is
+        export(str(folder), to, str(tmp_path / "there"))
+
+
 @pytest.mark.parametrize("family", ["qwen3", "mistral", "gemma2"])  # q and k norms, a sliding window, scaled outputs
 def test_models_that_are_no_llama_are_refused_for_vllm(family, run_of, base_of):
     folder, llm = base_of(family)

@@ -231,6 +231,17 @@ def test_kept_states_and_prompts_read_once_change_no_gradient(family, place):
     assert (sums["loss"], sums["nats"]) == pytest.approx((plain_sums["loss"], plain_sums["nats"]), rel=1e-4, abs=1e-5)
 
 
+def test_the_comparison_fits_rows_whose_answers_differ_in_length():
+    """Sorted by prompt and answer together, the longest answer need not be among the few rows that are run again."""
+    llm, s = random_llm(), {2: torch.zeros(32, requires_grad=True)}
+    prompts = [[5] * 20, [6] * 19, [7] * 18, [8] * 17, [9, 10]]
+    done, ended, states = model.sample(llm, prompts, 1, [2, 2, 2, 2, 9], [60], seed=3, keep=2)
+    rows = model.Rollouts(prompts, done, ended, [""] * 5, None, states)
+    sums = train.accumulate_gradient(llm, s, rows, torch.tensor([1.0, -1, 1, -1, 1]), 1.0, 1000, recompute=True)
+    assert max(map(len, done)) == len(done[4]) == 9 and sums["compared"] == 4 * 2  # four rows of two tokens
+    assert sums["off_max"] < 1e-4
+
+
 def test_states_are_kept_only_where_they_are_used_and_fit(tmp_path, monkeypatch):
     """The same run with and without; the difference is logged."""
     for name, how in {"on": {}, "off": {"reuse": False}, "lowest": {"layer": "0"}, "full": {"method": "full"}}.items():
@@ -528,10 +539,11 @@ def test_resume_equals_an_uninterrupted_run_bit_for_bit(tmp_path, monkeypatch):
     assert whole[3]["vector_norm"]["5"] > whole[0]["vector_norm"]["5"] > 0  # random rewards: every step has a gradient
 
 
-def test_two_processes_equal_one(tmp_path):
+@pytest.mark.parametrize("more", ["", "--numbers 4"])
+def test_two_processes_equal_one(tmp_path, more):
     """torchrun with gloo: the same answers, and the same vectors up to the order of sums."""
     flags = "--layer 5,27 --steps 3 --prompts 4 --samples 4 --max-tokens 60 --eval-problems 31 --eval-every 2"
-    flags = f"{flags} --device cpu --sampler hf".split()
+    flags = f"{flags} --device cpu --sampler hf {more}".split()
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     for name, start in (("one", []), ("two", ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"])):
         command = [sys.executable, *start, str(ROOT / "train.py"), *flags, "--out", str(tmp_path / name)]
@@ -595,7 +607,7 @@ def test_config_json_holds_every_setting_that_was_used(tmp_path):
     config = runs.config_of(tmp_path)
     assert config.keys() == {field.name for field in fields(train.Config)} - {"out", "resume"}
     unset = {name for name, value in config.items() if value is None}
-    assert unset == {"init", "lr_absolute", "eval_every", "keep_every"}
+    assert unset == {"init", "lr_absolute", "eval_every", "keep_every", "numbers"}
     used = {"model": "tiny", "data": "data/tiny/train.jsonl", "held_out": "data/tiny/test.jsonl", "context": 512}
     used |= {"lr": 0.06}
     used |= {"warmup": 3, "micro_tokens": 4096, "template": "native"}
@@ -665,6 +677,8 @@ def test_vector_moves_by_the_learning_rate(tmp_path):
 VARIANTS = {
     "site": {"layer": "20", "site": "input-norm"},
     "lora": {"layer": "5,20", "method": "lora", "rank": 2},
+    "numbers": {"layer": "5,20", "numbers": 4},
+    "tiny": {"layer": "5,20", "method": "tiny", "rank": 2, "numbers": 7},
     "full": {"method": "full"},
 }
 
@@ -688,7 +702,8 @@ def test_variants_start_as_the_base_model_and_resume(tmp_path, variant):
         base = load_file(ROOT / "data/tiny/model.safetensors")
         assert base.keys() == one.keys() and all((one[key] != base[key]).any() for key in one)
     else:
-        kind = {"site": ["20.input-norm"], "lora": ["20.lora_A", "20.lora_B", "5.lora_A", "5.lora_B"]}[variant]
+        loras = ["20.lora_A", "20.lora_B", "5.lora_A", "5.lora_B"]
+        kind = {"site": ["20.input-norm"], "lora": loras, "tiny": loras, "numbers": ["20", "5"]}[variant]
         assert sorted(one) == [f"layers.{place}" for place in kind]
         assert all(s.abs().max() > 0 for s in one.values())
     asked = evaluate.Config(run=str(tmp_path / "whole"), problems=4, device="cpu", out=str(tmp_path / "eval"))
@@ -921,6 +936,10 @@ def test_a_finished_run_is_not_overwritten(tmp_path):
         ({"sampler": "vllm", "site": "input-norm"}, "a vector at 27.input-norm is no bias of vLLM's layers"),
         ({"sampler": "vllm", "where": "answer"}, "a vector at 27@answer is no bias of vLLM's layers"),
         ({"method": "full", "orthogonal_to": ("a",)}, "--orthogonal-to goes with --method vector, not with full"),
+        ({"method": "lora", "numbers": 4}, "--numbers goes with --method vector or tiny, not with lora"),
+        ({"numbers": 0}, "--numbers wants at least 1, got 0"),
+        ({"numbers": 4, "init": "a"}, "--init is for whole vectors, not for those made of a few numbers"),
+        ({"method": "tiny", "orthogonal_to": ("a",)}, "--orthogonal-to is for whole vectors"),
         ({"rank": 0}, "--rank wants at least 1, got 0"),
         ({"init": "nowhere"}, "no vectors at nowhere"),
         ({"lr": "paper"}, "--lr paper: data/paper.json has no rate for these layers of 'tiny'"),
