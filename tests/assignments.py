@@ -109,7 +109,7 @@ def serve(path: str, pipe: int) -> None:
     for line in sys.stdin:
         number, seed = json.loads(line)
         if number not in theirs:
-            reply({"absent": True})
+            reply({"absent": EXERCISES[number].name, "others": bool(theirs)})
             continue
         if path:  # each is checked among the repository's: a slip in one is not a slip in the next
             vars(student).update({EXERCISES[n].name: (theirs if n == number else ours)[n] for n in theirs})
@@ -181,7 +181,10 @@ def test_exercise(number, worker, pytestconfig):
     seed = pytestconfig.getoption("seed")
     found = worker.ask(number, seed)
     if "absent" in found:
-        pytest.skip(f"the file has no function {EXERCISES[number].name}")
+        why = f"the file has no function {found['absent']}"
+        if pytestconfig.getoption("keyword") or not found["others"]:  # asked for by name, or a file of nothing
+            pytest.fail(why, pytrace=False)
+        pytest.skip(why)
     if message := judge(EXERCISES[number], found, seed):
         pytest.fail(f"exercise {number}, {EXERCISES[number].function}: {message}", pytrace=False)
 
@@ -223,7 +226,13 @@ def run(path: str, program: str, *args: str) -> None:
     if program not in ("train.py", "evaluate.py", "analyze.py"):
         sys.exit(f"run wants train.py, evaluate.py or analyze.py, got {program!r}")
     module, text = importlib.import_module(Path(program).stem), text_of(path)
-    replaced = put_in_place(imported(path), written(text))
+    try:
+        replaced = put_in_place(imported(path), written(text))
+    except SyntaxError as error:
+        sys.exit(f"{path}, line {error.lineno}: {error.msg}")
+    if program == "train.py" and not {"--out", "--help"} & set(args):  # not the repository's own run folder
+        n = next(n for n in range(1, 10_000) if not Path(f"out/student-{n}").exists())
+        args += ("--out", f"out/student-{n}")
     for name in ("evaluate", "analyze"):  # results that are kept are this file's, or the repository's, never mixed
         other = importlib.import_module(name)
         other.kept, other.keep = (keyed(function, checksum(text.encode())) for function in (kept, keep))
@@ -238,12 +247,18 @@ def reveal(number: str, path: str | None = None) -> bool:
 
     import world
 
+    if not number.isdigit():
+        sys.exit(f"reveal wants the number of an organism, got {number!r}")
     file = world.truth_file(int(number))
     if not file.is_file():
         sys.exit(
             f"no truth about organism {number} at {file}: `python data/tiny/pretrain.py --organism {number}` makes it"
         )
-    print(f"sha256 of the truth: {hashlib.sha256(file.read_bytes()).hexdigest()}")
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    print(f"sha256 of the truth: {digest}")
+    promised = ROOT / "data" / f"tiny-organism-{number}" / "truth.sha256"
+    if promised.is_file() and promised.read_text().strip() != digest:
+        sys.exit(f"{promised} has another checksum: this truth is not the one that the organism was made with")
     if path is None:
         return True
     truth = world.uncover(file)

@@ -229,6 +229,9 @@ def padded_to_the_newcomer(lengths, budget):
 # --------------------------------------------------------------------------------------------- 1.5 accumulate_gradient
 
 
+SUMS = ["loss", "tokens", "nats", "compared", "off", "off_max", "clipped"]  # what train.py logs
+
+
 def gradient_cases(fn, seed):
     draw, _ = drawn(seed)
     prompts, completions = texts(seed, (5, 5, 5, 3, 3, 3), (4, 1, 6, 2, 7, 3))
@@ -240,6 +243,8 @@ def gradient_cases(fn, seed):
         v = torch.randn(32, generator=torch.Generator().manual_seed(seed)).requires_grad_()
         v.grad = torch.full_like(v, begin)
         sums = fn(llm, {1: v}, rolled, A, 1.0, budget)
+        lacking = [key for key in SUMS if key not in sums]
+        assert not lacking, f"the sums lack {', '.join(lacking)}, which train.py logs"
         return {"gradient": v.grad, "sums": {key: sums[key] for key in ("loss", "tokens", "nats")}}
 
     # log 61 nats a token: loss = log 61 * (4 * 1 - 0.25 * 1 - 0.75 * 6 + 2 * 7 - 2 * 3) / 23 tokens
@@ -258,7 +263,7 @@ def row_by_row(
     """Each row alone, with a wrapped forward in place of a hook. denominator: of a micro-batch's rows."""
     A, total = advantages.flatten(), sum(map(len, rolled.completions))
     rows = [i for i in range(len(A)) if A[i]]
-    sums, (layer, v) = dict.fromkeys(["loss", "tokens", "nats"], 0.0), next(iter(vectors.items()))
+    sums, (layer, v) = dict.fromkeys(SUMS, 0.0), next(iter(vectors.items()))
     block = llm.model.layers[layer]
     parts = filled([len(rolled.prompts[i]) + len(rolled.completions[i]) for i in rows], budget)
     inner = block.forward

@@ -185,13 +185,23 @@ def test_the_whole_path(tmp_path):
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 60
 
 
+@pytest.mark.parametrize("text, how", [("def rloo_advantage(rewards):\n    return rewards\n", []), ("", ["-k", "1.1"])])
+def test_a_function_that_is_not_there_is_not_green(tmp_path, text, how):
+    """A misspelled name, or a file without any of the functions: the exit code is what a course's CI reads."""
+    student = tmp_path / "student.py"
+    student.write_text(text)
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/assignments.py", *how]
+    done = subprocess.run([*command, f"--student={student}"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "the file has no function rloo_advantages" in done.stdout
+
+
 def test_the_file_is_run_in_another_process_only(tmp_path):
     student = tmp_path / "student.py"
     student.write_text(f"import os\nopen({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\n" + RIGHT)
     worker = assignments.Worker(str(student))
     try:
         assert judge(EXERCISES["1.1"], worker.ask("1.1", 0), 0) is None
-        assert worker.ask("1.2", 0) == {"absent": True}
+        assert worker.ask("1.2", 0) == {"absent": "rloo_loss", "others": True}
         assert int((tmp_path / "pid").read_text()) == worker.process.pid != os.getpid()
         assert "student" not in sys.modules
     finally:
