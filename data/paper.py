@@ -61,12 +61,11 @@ def sweep(who: str) -> tuple:
 
 def persistence(who: str) -> tuple:
     table, found = MODELS[who]["shifts"], {}
-    for kind in ("diff_diff", "diff_vector"):
+    for kind, ours in (("diff_diff", "diff_diff_authors"), ("diff_vector", "diff_vector")):  # theirs: of the own text
         for row in PAPER[f"{table}.{kind}"]["rows"]:
             layer, values = row["layer"], row["value"]  # with nulls before the layer
             entry = found.setdefault(str(layer), {"layers": list(range(layer, len(values)))})
-            name = {"diff_diff": "diff_diff_authors"}.get(kind, kind)  # theirs is the mean of the own text
-            entry[name] = [None if x is None else {"value": x} for x in values[layer:]]
+            entry[ours] = [None if x is None else {"value": x} for x in values[layer:]]
     return {"depth": len(found), "by_layer": found}, f"v4, Table {table[-1]}"
 
 
