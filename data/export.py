@@ -69,7 +69,7 @@ def export(
     write_it, default, use = FORMATS[to]
     path = Path(out or Path(run) / default)
     mark = {"peft": "adapter_config.json", "vllm": "steering.safetensors"}.get(to)
-    if path.exists() and (path.is_dir() != bool(mark) or (mark and not (path / mark).is_file())):
+    if use and path.exists() and (path.is_dir() != bool(mark) or (mark and not (path / mark).is_file())):
         sys.exit(f"--out {path} is there and is no export --to {to}: name another")  # it would be replaced
     write_it(trained, path)
     if use:
