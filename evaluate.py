@@ -27,7 +27,7 @@ import tyro
 
 import model
 import rewards
-from data.estimate import Estimate, average, summary, write_table  # noqa: F401
+from data.estimate import average, summary, write_table
 from data.problems import PAPERS, Problems, prompt_ids, sets_of
 from data.runs import base_checksum, checksum, config_of, identity, keep, kept
 from rewards import grade

@@ -18,8 +18,8 @@ import analyze
 import evaluate
 import model
 from data import figures, paper
+from data.estimate import Estimate
 from data.problems import Problems
-from evaluate import Estimate
 
 FAMILIES = ["qwen2", "llama", "mistral", "gemma2"]
 PROMPTS = [[5, 9, 3, 7], [8, 4], [11, 6, 12, 13, 3]]

@@ -13,8 +13,8 @@ import model
 import train
 from data import compare
 from data import problems as problem_files
+from data.estimate import Estimate
 from data.problems import PAPERS, problems_of
-from evaluate import Estimate
 
 SIZE = model.load_config("tiny")
 ALL = problems_of(ROOT / "data/tiny/train.jsonl").rows
@@ -244,7 +244,7 @@ def test_interval_is_over_questions():
     assert len(draws) == 10_000 and len(set(draws)) > 5 and (draws == Estimate.of(answers).draws).all()  # seeded
     other = Estimate.mean([Estimate.of(answers), Estimate.of(answers)])  # two sets of problems: drawn independently
     assert (other.draws != draws).any() and len(other.draws) == 10_000
-    assert evaluate.Estimate.of(answers).value == 0.4
+    assert Estimate.of(answers).value == 0.4
 
 
 def test_estimates_by_hand():
