@@ -70,6 +70,7 @@ def growth(args: Config, llm, prompts) -> None:
     values = {"rollouts": [32, 64, 128, 256, 512], "length": [6, 12, 24, 48, 96], "layer": layers}
     label = {"length": "tokens of an answer", "layer": "layer of the vector"}
     figure, panels = plt.subplots(1, 3, figsize=(9, 3), sharey=True, constrained_layout=True)
+    highest = 0.0
     for panel, (name, xs) in zip(panels, values.items()):
         seconds = []
         for x in xs:
@@ -78,9 +79,10 @@ def growth(args: Config, llm, prompts) -> None:
             runs = [step(llm, *given) for _ in range(args.rounds)]
             seconds.append(statistics.median(runs))
             print(f"{name} {x}: {seconds[-1]:.2f} s, {min(runs):.2f} to {max(runs):.2f}", flush=True)
+        highest = max(highest, *seconds)
         panel.plot(xs, seconds, "o-")
         panel.set(xlabel=label.get(name, name))
-    panels[0].set(ylabel="processor seconds of a step", ylim=(0, None))
+    panels[0].set(ylabel="processor seconds of a step", ylim=(0, 1.05 * highest))
     figure.suptitle(", ".join(f"{name} {x}" for name, x in usual.items()) + ", where not varied")
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.out, dpi=150)
