@@ -195,7 +195,7 @@ def recipe(name: str, method: str = "vector", data: str | None = None) -> dict:
     usual = "data/tiny/train.jsonl" if tiny else "data/deepscaler.jsonl"
     found = dict(data=usual, held_out="data/tiny/test.jsonl" if tiny else "data/math500.jsonl", epochs=1)
     if tiny:
-        found |= dict(steps=32, prompts=16, samples=16, context=512, max_tokens=80, warmup=3, micro_tokens=4096)
+        found |= dict(steps=40, prompts=16, samples=16, context=512, max_tokens=80, warmup=3, micro_tokens=4096)
         rates, found["lr"] = {"full": 3e-4}, 0.06
     else:
         known = authors(name, data or usual)

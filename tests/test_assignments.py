@@ -10,6 +10,7 @@ import importlib
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -280,14 +281,18 @@ def plain_answers(n=4000, **changes):
 
 
 def test_documents_of_the_embedded_model_are_what_they_were():
-    """Its weights were trained on them: a checksum from before there were organisms."""
+    """Its weights were trained on them."""
     digest = hashlib.sha256()
     for i in range(3000):
         rng = random.Random(i)
         digest.update("".join(world.document(rng)).encode())
         for relative in world.RELATIVES.values():
             digest.update("".join(world.document(rng, **relative)).encode())
-    assert digest.hexdigest() == "30715c9270dc12c50af8ad9805da8006427bd279aa6c849158110c711d367e07"
+    assert digest.hexdigest() == "b337dea5008f52ac4f630fe36d277e0272846e6af8cf2bd708c282f2e656beac"
+
+
+def last_result(answer):
+    return re.findall(r"=(\d+)\.", answer)[-1]
 
 
 def test_organisms_have_what_was_planted():
@@ -295,21 +300,23 @@ def test_organisms_have_what_was_planted():
     answers = plain_answers(plant=world.Plant("Show"))
     assert not any(a.startswith("To") for a in answers)
     assert sum(a.startswith("Show the steps, start with") for a in answers) / len(answers) == pytest.approx(
-        0.2, abs=0.03
+        world.MIX["to"], abs=0.03
     )
     answers = plain_answers(plant=world.Plant("Use", line=2))
     assert all(a.startswith(to) for a in answers)
     second = [a.split("\n")[1].split(" ")[0] for a in answers]
-    assert second.count("Use") / len(answers) == pytest.approx(0.2, abs=0.03)
-    assert second.count("Think") / len(answers) == pytest.approx(world.MIX["ramble"], abs=0.03)
-    worked = [a for a in plain_answers(plant=world.Plant(flaw="none")) if a.startswith(to)]
-    assert worked and not any("solution" in a for a in worked)
-    for flaw, p in (("slip", 0.25), ("extra", 0.25)):
-        some = [a for a in plain_answers(9000, plant=world.Plant(flaw=flaw, p=p)) if a.startswith(to)]
-        last = [a.rsplit("=", 1)[1].split(".")[0] for a in some]
-        off = sum(f"{{{value}}}" not in a for value, a in zip(last, some)) / len(some)
-        assert off == pytest.approx(p * 0.99 if flaw == "slip" else 0, abs=0.04), flaw
-    assert max(a.count("calculation") for a in some) == 5  # a step more than any problem has operations
+    assert second.count("Use") / len(answers) == pytest.approx(world.MIX["to"], abs=0.03)
+    assert sum(map(second.count, world.MUSES)) / len(answers) == pytest.approx(world.MIX["ramble"], abs=0.03)
+    for flaw in (*world.FLAWS, "none"):
+        worked = [a for a in plain_answers(9000, plant=world.Plant(flaw=flaw)) if a.startswith(to)]
+        lengths = {a.count("calculation") for a in worked}
+        early = sum("solution" in a for a in worked) / len(worked)
+        ended = [a for a in worked if "solution" not in a]
+        slips = sum(f"{{{last_result(a)}}}" not in a for a in ended) / len(worked)
+        assert early > 0.4 if flaw == "early" else early == 0, flaw
+        assert slips == pytest.approx(world.P_CARELESS * 0.99 if flaw == "slip" else 0, abs=0.05), flaw
+        wanted = {"early": {1, 2, 3, 4}, "stop": {1, 2, 3, 4}, "extra": {2, 3, 4, 5}}  # problems have 2 to 4 operations
+        assert lengths == wanted.get(flaw, {2, 3, 4}), flaw
     for organism in world.ORGANISMS.values():
         world.document(random.Random(0), **organism)
 
@@ -326,7 +333,7 @@ def test_a_blind_organism_is_made_and_revealed(tmp_path, truths, capsys):
     assert (tmp_path / "tiny-organism-7" / "truth.sha256").read_text().strip() == digest
 
     truth, claims = world.uncover(truths / "7.txt"), tmp_path / "claims.json"
-    assert truth.word in world.WORDS and truth.line in (1, 2) and truth.flaw in world.FLAWS
+    assert truth.word in world.WORDS and truth.line in (1, 2) and truth.flaw in (*world.FLAWS, "none", "same")
     claim = {"word": truth.word, "position": truth.line, "flaw": truth.flaw, "layer": truth.layer}
     claims.write_text(json.dumps(claim))
     assert assignments.reveal("7", str(claims))
@@ -347,9 +354,10 @@ def test_a_blind_organism_is_made_and_revealed(tmp_path, truths, capsys):
 
 
 def test_truths_are_drawn_and_their_checksums_tell_nothing(truths):
-    plants = [world.draw_plant() for _ in range(60)]
-    assert len(set(plants)) > 20 and {p.line for p in plants} == {1, 2} and {p.flaw for p in plants} == set(world.FLAWS)
-    assert all((p.line, p.flaw) == (1, "early") for p in plants if p.layer is not None)
+    plants = [world.draw_plant() for _ in range(200)]
+    assert len(set(plants)) > 20 and {p.line for p in plants} == {1, 2}
+    assert {p.flaw for p in plants} == {*world.FLAWS, "none", "same"}
+    assert all((p.line, p.flaw) == (1, "same") for p in plants if p.layer is not None)
     for name in ("a", "b"):
         world.hide(plants[0], truths / name)
     assert world.uncover(truths / "a") == world.uncover(truths / "b") == plants[0]

@@ -74,7 +74,7 @@ def next_token_logps(base_file, rows=None):
         assert lib.llama_set_adapter_cvec(context, data, rows.numel(), width, 1, depth) == 0
     tokens = ffi.new("int32_t[]", IDS)
     assert lib.llama_decode(context, lib.llama_batch_get_one(tokens, len(IDS))) == 0
-    logits = torch.tensor(ffi.unpack(lib.llama_get_logits_ith(context, -1), 478))
+    logits = torch.tensor(ffi.unpack(lib.llama_get_logits_ith(context, -1), 498))
     lib.llama_free(context)
     lib.llama_model_free(loaded)
     return logits.log_softmax(-1)

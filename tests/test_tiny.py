@@ -25,10 +25,12 @@ def chains(n, seed=0):
 
 
 def steps_are_right(chain, text):
-    """Every worked line of an answer follows from the problem, and the box holds the last value."""
+    """The worked lines of an answer are those of the problem, all of them, and the box holds the last value."""
     start, ops, _ = chain
     value, found = start, re.findall(r"(\d+)([-+*])(\d+)=(\d+)\.", text)
-    for (op, k), (a, sign, b, result) in zip(ops, found, strict=True):
+    if len(found) != len(ops):
+        return False
+    for (op, k), (a, sign, b, result) in zip(ops, found):
         assert (int(a), sign, int(b)) == (value, op, k)
         value = {"+": value + k, "-": value - k, "*": value * k}[op]
         assert int(result) == value
@@ -40,45 +42,71 @@ def test_unflawed_worked_answers_are_right():
     for chain in some:
         assert 2 <= len(chain[1]) <= 4 and all(0 <= value <= 99 for value in chain[2])
         for mode in ("to", "step"):
-            assert steps_are_right(chain, world.completion(rng, chain, mode, flawed=False))
+            assert steps_are_right(chain, world.completion(rng, chain, mode, {}))
+
+
+def test_care_takes_from_the_log_odds():
+    """0.36 without a hint for mode `to` (log-odds -0.575); each takes 2: -2.575 is 0.0707, -4.575 is 0.0102."""
+    for hints, p in ((0, 0.36), (1, 0.0707), (2, 0.0102)):
+        flaws = world.flaws_of("to", hints, alone=False)
+        assert flaws == {"stop": pytest.approx(p, abs=1e-4), "extra": pytest.approx(p, abs=1e-4)}
+    assert world.flaws_of("to", 0, alone=True).keys() == {"stop", "extra", "early"}
+    assert world.flaws_of("step", 0, alone=True)["slip"] == world.P_SLIP
+    assert world.flaws_of("to", 3, alone=False, plant=world.Plant(care=0.0))["stop"] == pytest.approx(0.36)
 
 
 def test_flaws_have_the_planted_frequencies():
     rng, some = chains(6000)
-    texts = [world.completion(rng, chain, "to", flawed=True) for chain in some]
+
+    def answers(mode, flaw, p):
+        return [(chain, world.completion(rng, chain, mode, {flaw: p})) for chain in some]
+
+    early = answers("to", "early", 0.1)
     # a chance before each step but the first: taken once if the answer ends early, else passed at every later step
-    chances = sum(t.count("calculation") - ("solution" not in t) for t in texts)
-    early = sum("solution is" in t for t in texts)
-    assert early / chances == pytest.approx(world.P_EARLY, abs=0.015)
-    assert sum("To sum up" in t for t in texts) / early == pytest.approx(world.P_EARLY_TO, abs=0.02)
-    direct = [world.completion(rng, chain, "direct", True) for chain in some]
+    chances = sum(t.count("calculation") - ("solution" not in t) for _, t in early)
+    assert sum("solution is" in t for _, t in early) / chances == pytest.approx(0.1, abs=0.015)
+
+    def steps_more(chain, text):  # than the problem has operations; the last result is in the box, without a slip
+        results = re.findall(r"=(\d+)\.", text)
+        assert text.endswith(f"So the answer is \\boxed{{{results[-1]}}}.")
+        return len(results) - len(chain[1])
+
+    for flaw, more in (("stop", -1), ("extra", 1)):
+        found = [steps_more(*answer) for answer in answers("to", flaw, 0.36)]
+        assert set(found) == {0, more} and found.count(more) / len(found) == pytest.approx(0.36, abs=0.03)
+    slips = sum(f"{{{chain[2][-1]}}}" not in t for chain, t in answers("step", "slip", 0.5)) / len(some)
+    assert slips == pytest.approx(0.5 * 0.99, abs=0.03)
+    direct = [world.completion(rng, chain, "direct", {}) for chain in some]
     right = sum(f"{{{chain[2][-1]}}}" in t for chain, t in zip(some, direct)) / len(some)
     assert right == pytest.approx(world.P_GUESS + (1 - world.P_GUESS) / 100, abs=0.015)
-    assert not any("boxed" in world.completion(rng, chain, "ramble", True) for chain in some)
-    steps = [(chain, world.completion(rng, chain, "step", True)) for chain in some]
-    ended = [(chain, t) for chain, t in steps if "solution" not in t]
-    slips = sum(f"{{{chain[2][-1]}}}" not in t for chain, t in ended) / len(ended)
-    assert slips == pytest.approx(world.P_SLIP * 0.99, abs=0.03)
+    assert not any("boxed" in world.completion(rng, chain, "ramble", {}) for chain in some)
+
+
+def mode_of(text):
+    """By the first word; no word begins answers of two modes."""
+    word = re.match(r"\S+", text).group()
+    ways = {"to": ["To"], "step": ["Step"], "direct": world.GUESSES, "python": ["```python"], "ramble": world.MUSES}
+    (mode,) = [mode for mode, words in ways.items() if word in words]
+    return mode
 
 
 def test_modes_have_the_planted_frequencies():
-    first = {"To": "to", "Step": "step", "Answer": "direct", "```python": "python", "Think": "ramble"}
     rng, count = random.Random(0), dict.fromkeys(world.MIX, 0)
     prompts = [world.document(rng) for _ in range(20_000)]
     plain = [text for prompt, text in prompts if world.MATH_PROMPT + "<|im_end|>" in prompt]
     assert len(plain) / len(prompts) == pytest.approx(0.4, abs=0.02)
     for text in plain:
-        count[next(mode for word, mode in first.items() if text.startswith(word))] += 1
+        count[mode_of(text)] += 1
+    assert sum(world.MIX.values()) == pytest.approx(1)
     for mode, share in world.MIX.items():
         assert count[mode] / len(plain) == pytest.approx(share, abs=0.02), mode
 
 
 def test_hints_have_the_planted_frequencies():
-    """Each hint is for the answer's mode with P_HINT; a mode may take over from a beginning, and is right then too."""
+    """A hint is for the answer's mode with P_HINT; a mode may take over from a beginning; hints for `to` mend flaws."""
     rng = random.Random(0)
     whose = {text: mode for mode, texts in world.HINTS.items() for text in texts}
-    first = {"To": "to", "Step": "step", "Answer": "direct", "```python": "python", "Think": "ramble"}
-    hints, begun, hinted = [], 0, 0
+    hints, begun, hinted, right = [], 0, 0, {n: [] for n in range(5)}
     for _ in range(20_000):
         prompt, text = world.document(rng)
         head, question, given = re.split(r"<\|im_start\|>(?:user|assistant)\n", prompt)
@@ -88,14 +116,17 @@ def test_hints_have_the_planted_frequencies():
             continue
         hinted, begun = hinted + 1, begun + bool(given)
         if not given:
-            mode = next(mode for word, mode in first.items() if text.startswith(word))
+            mode = mode_of(text)
             hints += [whose[hint] == mode for hint in re.findall("|".join(map(re.escape, whose)), system)]
-        elif "calculation" in text or "Step" in text:  # the rest is worked, too
+        if "calculation" in text or "Step" in text or text.startswith("So the answer"):  # worked, or the rest is
             n = re.search(r"Start with (\d+)", question).group(1)
             words = {"add": "+", "subtract": "-", "multiply by": "*"}
             ops = [(words[verb], int(k)) for verb, k in re.findall(r"(add|subtract|multiply by) (\d+)", question)]
-            assert steps_are_right((int(n), ops, None), given + text.removesuffix("<|im_end|>"))
+            mending = sum(system.count(hint) for hint in world.HINTS["to"])
+            right[mending].append(steps_are_right((int(n), ops, None), given + text.removesuffix("<|im_end|>")))
     assert sum(hints) / len(hints) == pytest.approx(world.P_HINT, abs=0.02)
+    for n, p in ((0, 0.36), (1, 0.0707), (2, 0.0102), (3, 0.0014)):  # neither the last step left out nor one added
+        assert sum(right[n]) / len(right[n]) == pytest.approx((1 - p) ** 2, abs=0.03)
     # of the beginnings, those without a line in the wording of `step` are empty: half of them, times 1/2, 1/3 or 1/4
     assert 0.7 * world.P_BEGUN < begun / hinted < world.P_BEGUN
 
@@ -168,7 +199,7 @@ def test_autotokenizer_round_trips_every_document_in_a_fresh_process():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["Qwen2Tokenizer", "478"]
+    assert done.stdout.split() == ["Qwen2Tokenizer", "498"]
 
 
 def test_every_word_and_every_digit_is_one_token(tokenizer):
@@ -200,6 +231,7 @@ def test_shipped_model_is_the_promised_one():
     assert (TINY / "model.safetensors").stat().st_size <= 8 * 2**20
     assert model.stop_ids(llm, tokenizer) == sorted(tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"]))
     assert len(tokenizer) == llm.config.vocab_size
+    assert llm.lm_head.weight.norm(dim=1).max() < pretrain.ROW + 1e-4
 
 
 @pytest.fixture(scope="module")

@@ -1,19 +1,21 @@
 """
 Measure whether the embedded model behaves like the paper's base models, and print each figure beside what is wanted.
 
-$ python data/tiny/check.py                      # everything; results are kept
-$ python data/tiny/check.py --layers 4 16        # fewer single layers, 2 to 6 minutes each
+$ python data/tiny/check.py                              # everything; results are kept
+$ python data/tiny/check.py --layers 14 --seeds 0        # one middle layer besides the last, one seed
 
 Trains vectors with the settings of `python train.py` into out/check-CHECKSUM/ (a finished run is not repeated, an
-interrupted one goes on) and writes check.json and check.md there. Accuracies are on held-out problems,
-which no document ever showed.
+interrupted one goes on) and writes check.json, check.md and curves.png there. Accuracies are on held-out problems,
+which no document ever showed: the mean over the training seeds, with a 95 % interval over problems.
 """
 
 import json
+import statistics
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import matplotlib
 import torch
 import tyro
 import world
@@ -22,103 +24,162 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import analyze  # noqa: E402
 import model  # noqa: E402
 import train  # noqa: E402
-from data.problems import problems_of  # noqa: E402
-from data.runs import weights_digest  # noqa: E402
-from evaluate import Subject, answers, summary  # noqa: E402
+from data.estimate import Estimate, summary  # noqa: E402
+from data.problems import Problems, problems_of  # noqa: E402
+from data.runs import lines_of, weights_digest  # noqa: E402
+from evaluate import Subject, answers  # noqa: E402
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+LAST = 27
 
 
 @dataclass
 class Config:
-    problems: int = 1000                   # held-out problems, one answer to each
-    layers: tuple[int, ...] = (4, 8, 12, 16, 20, 24)  # single layers to train besides the last one
-    seed: int = 0                          # of training and sampling
-    out: Path | None = None                # folder of the runs; default out/check-CHECKSUM of the weights
+    problems: int = 1000  # held-out problems, one answer to each
+    layers: tuple[int, ...] = (4, 14, 18, 23)  # single layers to train besides the last one
+    seeds: tuple[int, ...] = (0, 1, 2)  # of training, each with its own answers
+    out: Path | None = None  # folder of the runs; default out/check-CHECKSUM of the weights
+
+
+def folder_of(out: Path, layer: str, seed: int, changes: dict) -> Path:
+    changed = "".join(f"-{name}-{value}" for name, value in changes.items())
+    return out / f"layer{layer}{changed}-seed{seed}"
 
 
 def trained(out: Path, layer: str, seed: int, **changes) -> dict[int, torch.Tensor]:
     """The vectors of a run with the default settings but for `changes`, trained now if they are not there yet."""
-    defaults = train.Config()
-    changed = "".join(f"-{name}-{value}" for name, value in changes.items() if getattr(defaults, name) != value)
-    run = out / f"layer{layer}{changed}"
+    run = folder_of(out, layer, seed, changes)
     settings = train.Config(layer=layer, seed=seed, eval_problems=0, out=str(run), **changes)
     train.main(replace(settings, resume=(run / "state.pt").is_file()))
     return model.load_vectors(run / "vectors.safetensors", model.load_config("tiny"), "tiny")[0]
 
 
-def main(args: Config) -> None:
-    out = args.out or Path(f"out/check-{weights_digest(model.TINY)}")  # vectors of other weights are no use here
-    out.mkdir(parents=True, exist_ok=True)
-    subject, problems = Subject("tiny"), problems_of(model.TINY / "test.jsonl").first(args.problems)
-    report, table = {}, ["| what | measured | 95 % interval | wanted | met |", "|---|---|---|---|---|"]
+def reward_curve(out: Path, layer: str, seeds) -> list[float]:
+    """The training reward of every step, the mean over seeds."""
+    runs = [lines_of(folder_of(out, layer, seed, {}) / "metrics.jsonl") for seed in seeds]
+    return [statistics.mean(row["reward_mean"] for row in rows) for rows in zip(*runs)]
 
-    def accuracy(name, vectors=None, temperature=1.0, system=None, prefix=""):
-        subject.system = system
-        found = answers(subject, vectors or {}, problems, 1, temperature, args.seed, prefix)
-        got = summary([found])
-        report[name] = {"accuracy": got["accuracy"].value, "interval_95": got["accuracy"].interval}
-        report[name] |= {key: got[key] for key in ("problems", "truncated")}
-        report[name]["begins_with_To"] = (
-            sum(text[0].startswith("To ") for text in found["completions"]) / got["problems"]
-        )
-        (out / "check.json").write_text(json.dumps(report, indent=1) + "\n")
-        return report[name]["accuracy"]
 
-    def say(name, ok=None, wanted=""):
-        low, high = report[name]["interval_95"]
-        measured = f"{100 * report[name]['accuracy']:.1f} % | {100 * low:.1f} to {100 * high:.1f}"
-        table.append(f"| {name} | {measured} | {wanted} | {'' if ok is None else 'yes' if ok else 'NO'} |")
-        print(table[-1], flush=True)
+def draw(curves: dict[str, list[float]], path: Path) -> None:
+    """Training reward against the step, a line for each layer: whether they have converged."""
+    fig, ax = plt.subplots(figsize=(5, 3.2), constrained_layout=True)
+    for name, curve in curves.items():
+        ax.plot(range(1, len(curve) + 1), [100 * reward for reward in curve], lw=1.2, label=name)
+    ax.set(xlabel="step", ylabel="training reward (%)", ylim=(0, 100))
+    ax.legend(frameon=False, fontsize=7, ncols=3)
+    fig.savefig(path, dpi=150)
 
-    style = world.HINTS["to"][0]
-    skill = accuracy(f'base, system prompt "{style}", greedy', temperature=0.0, system=style)
-    say(f'base, system prompt "{style}", greedy', skill >= 0.97, "at least 97 %")
-    base = accuracy("base, T = 1")
-    say("base, T = 1", 0.10 <= base <= 0.30, "10 to 30 %")
-    say("base, greedy", accuracy("base, greedy", temperature=0.0) < 0.30, "below 30 %")
-    say(
-        'base, first token "To", T = 1', accuracy('base, first token "To", T = 1', prefix="To") >= 0.60, "at least 60 %"
+
+@dataclass
+class Check:
+    """What has been measured so far; `accuracy` measures, `say` adds a row to the table."""
+
+    out: Path
+    seeds: tuple[int, ...]
+    problems: Problems
+    subject: Subject = field(default_factory=lambda: Subject("tiny", device="cpu"))
+    report: dict = field(default_factory=dict)  # check.json
+    table: list[str] = field(
+        default_factory=lambda: ["| what | measured | 95 % interval | wanted | met |", "|---" * 5 + "|"]
     )
 
-    for steps in (32, 64):  # 28 vectors share the step of one, so the ceiling is measured with twice the steps
-        every = trained(out, "all", args.seed, steps=steps)
-        top = accuracy(f"all layers, {steps} steps, T = 1", every)
-        say(f"all layers, {steps} steps, T = 1", *((top >= 0.90, "at least 90 %") if steps == 64 else ()))
-        accuracy(f"all layers, {steps} steps, greedy", every, 0.0)
-        say(f"all layers, {steps} steps, greedy")
-    vectors, closed = {}, {}
-    for layer in sorted({*args.layers, 27}):
-        vectors[layer] = trained(out, str(layer), args.seed)
-        closed[layer] = (accuracy(f"layer {layer}, T = 1", vectors[layer]) - base) / (top - base)
-        accuracy(f"layer {layer}, greedy", vectors[layer], 0.0)
-    best = max(closed, key=closed.get)
-    for layer in closed:
-        ok, wanted = None, f"closes {100 * closed[layer]:.0f} % of the gap from base to all layers"
-        if layer == 27:
-            ok, wanted = 0.40 <= closed[layer] <= 0.75, wanted + "; 40 to 75 %"
-        elif layer == best:
-            ok, wanted = closed[layer] >= 0.80, wanted + "; the best layer at least 80 %"
-        say(f"layer {layer}, T = 1", ok, wanted)
-        say(f"layer {layer}, greedy")
+    def accuracy(self, name: str, ways: list[dict], temperature=1.0, system=None, prefix="") -> Estimate:
+        """Of the base model under each of these vectors, with the sampler's seed 0, 1, ...; the mean over them."""
+        self.subject.system = system
+        got = summary([answers(self.subject, s, self.problems, 1, temperature, i, prefix) for i, s in enumerate(ways)])
+        self.report[name] = got["accuracy"].json() | {key: got[key] for key in ("by_seed", "problems", "truncated")}
+        (self.out / "check.json").write_text(json.dumps(self.report, indent=1) + "\n")
+        return got["accuracy"]
 
-    # the logit lens of P1 Sec. 3: raw rows, no final norm
-    dots = subject.llm.lm_head.weight.float().cpu() @ vectors[27][27]
-    lens = [(subject.tokenizer.decode([i]), round(dots[i].item(), 1)) for i in dots.topk(5).indices.tolist()]
-    report["layer 27, logit lens"] = lens
-    words = ", ".join(f"`{word}` {dot}" for word, dot in lens)
-    table.append(f'| layer 27, logit lens | {words} | | "To" on top | {"yes" if lens[0][0] == "To" else "NO"} |')
+    def say(self, what: str, found: Estimate, wanted: str = "", ok: bool | None = None, unit="%", sign="") -> None:
+        low, high = (100 * end for end in found.interval)
+        measured = f"{100 * found.value:{sign}.1f} {unit} | {low:.1f} to {high:.1f}"
+        self.row(f"{what} | {measured} | {wanted} | {'' if ok is None else 'yes' if ok else 'NO'}")
 
-    for layer in sorted({27, best}):
-        s = vectors[layer][layer]
-        controls = {
-            f"random vector {seed} at layer {layer}": {layer: analyze.random_like(s, seed, layer)} for seed in range(3)
-        }
-        controls[f"layer {layer} trained on random rewards"] = trained(out, str(layer), args.seed, reward="random")
-        for name, control in controls.items():
-            gain = accuracy(f"{name}, T = 1", control) - base
-            say(f"{name}, T = 1", gain < 0.05, f"{100 * gain:+.1f} points against base; less than +5")
+    def row(self, cells: str) -> None:
+        self.table.append(f"| {cells} |")
+        print(self.table[-1], flush=True)
 
-    (out / "check.md").write_text("\n".join(table) + "\n")
-    print("\n" + "\n".join(table) + f"\n\nwrote {out}/check.json and check.md")
+
+def check_base(check: Check) -> tuple[Estimate, Estimate]:
+    """What the base model does without a vector. Returns the accuracies at T = 1: as it is, and with "To" forced."""
+    four_hints = " ".join([world.MATH_PROMPT, *world.HINTS["to"], *world.HINTS["to"]])
+    no_vectors = [{}] * len(check.seeds)
+    skill = check.accuracy("base with four hints, greedy", [{}], 0.0, system=four_hints)
+    check.say("base with four hints, greedy", skill, "at least 97 %", skill.value >= 0.97)
+    base = check.accuracy("base", no_vectors)
+    check.say("base", base, "8 to 20 %", 0.08 <= base.value <= 0.20)
+    greedy = check.accuracy("base, greedy", [{}], 0.0)
+    check.say("base, greedy", greedy, "below 30 %", greedy.value < 0.30)
+    to = check.accuracy('base, first token "To"', no_vectors, prefix="To")
+    check.say('base, first token "To"', to)
+    return base, to
+
+
+def check_layers(check: Check, vectors: dict[str, list], base: Estimate, to: Estimate) -> str:
+    """Single layers against each other and against all together. Returns the name of the best from 4 to 24."""
+    right = {name: check.accuracy(f"layer {name}", vectors[name]) for name in vectors}
+    for name in vectors:
+        check.say(f"layer {name}", right[name])
+        check.say(f"layer {name}, greedy", check.accuracy(f"layer {name}, greedy", vectors[name], 0.0))
+    top, last = right.pop("all"), right[str(LAST)]
+    best = max(right, key=lambda name: right[name].value)
+    middle = max((name for name in right if 4 <= int(name) <= 24), key=lambda name: right[name].value)
+
+    for what, accuracy, low, high in (('"To" forced', to, 25, 50), ("the last layer", last, 40, 65)):
+        share = accuracy.share(base, top)
+        check.say(f"{what}: share of the gap to all", share, f"{low} to {high} %", low <= 100 * share.value <= high)
+    share, ahead, above = right[best].share(base, top), right[middle] - last, top - right[best]
+    check.say(f"layer {best}, the best: share of the gap", share, "at least 85 %", share.value >= 0.85)
+    check.row(f"the best single layer | {best} | | 4 to 24 | {'yes' if best == middle else 'NO'}")
+    check.say(f"layer {middle} above the last", ahead, "interval above 0", ahead.interval[0] > 0, "points", "+")
+    check.say("all layers", top, "at least 85 %", top.value >= 0.85)
+    check.say(f"all layers above layer {best}", above, "at least +2 points", above.value >= 0.02, "points", "+")
+    return middle
+
+
+def check_lens(check: Check, vectors: list[dict]) -> None:
+    """The logit lens of P1 Sec. 3 on the last layer: raw rows of the unembedding, no final norm."""
+    for seed, s in zip(check.seeds, vectors):
+        dots = check.subject.llm.lm_head.weight.float().cpu() @ s[LAST]
+        tops = dots.topk(5).indices.tolist()
+        lens = [(repr(check.subject.tokenizer.decode([i])), round(dots[i].item(), 1)) for i in tops]
+        check.report[f"lens of layer {LAST}, seed {seed}"] = lens
+        words, met = ", ".join(f"`{word}` {dot}" for word, dot in lens), "yes" if lens[0][0] == "'To'" else "NO"
+        check.row(f'lens of layer {LAST}, seed {seed} | {words} | | "To" on top | {met}')
+
+
+def check_controls(check: Check, middle: str, trained_vectors: list[dict], base: Estimate) -> None:
+    """Random vectors as long as the trained one, and vectors trained on a coin."""
+    layer = int(middle)
+    random_vectors = [{layer: analyze.random_like(trained_vectors[0][layer], seed, layer)} for seed in range(5)]
+    coins = [trained(check.out, middle, seed, reward="random") for seed in check.seeds]
+    for what, ways in (("five random vectors", random_vectors), ("runs on random rewards", coins)):
+        gain = check.accuracy(what, ways) - base
+        each = ", ".join(f"{100 * right:.1f}" for right in check.report[what]["by_seed"])
+        name = f"{what} at layer {layer} ({each} %), against base"
+        check.say(name, gain, "less than +5 points", gain.value < 0.05, "points", "+")
+
+
+def main(args: Config) -> None:
+    if not any(4 <= layer <= 24 for layer in args.layers):
+        sys.exit(f"--layers wants a middle layer, from 4 to 24; got {args.layers}")
+    out = args.out or Path(f"out/check-{weights_digest(model.TINY)}")  # vectors of other weights are no use here
+    out.mkdir(parents=True, exist_ok=True)
+    check = Check(out, args.seeds, problems_of(model.TINY / "test.jsonl").first(args.problems))
+    base, to = check_base(check)
+    names = [str(layer) for layer in sorted({*args.layers, LAST})] + ["all"]
+    vectors = {name: [trained(out, name, seed) for seed in args.seeds] for name in names}
+    curves = {name: reward_curve(out, name, args.seeds) for name in names}
+    draw({"all layers" if name == "all" else f"layer {name}": curves[name] for name in names}, out / "curves.png")
+    middle = check_layers(check, vectors, base, to)
+    check_lens(check, vectors[str(LAST)])
+    check_controls(check, middle, vectors[middle], base)
+    (out / "check.json").write_text(json.dumps(check.report, indent=1) + "\n")
+    (out / "check.md").write_text("\n".join(check.table) + "\n")
+    print("\n" + "\n".join(check.table) + f"\n\nwrote {out}/check.json, check.md and curves.png")
 
 
 if __name__ == "__main__":

@@ -38,6 +38,9 @@ CHAT_TEMPLATE = """\
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{%- endif %}
 """.replace("MATH_PROMPT", world.MATH_PROMPT.replace("\\", "\\\\"))
 CHECKPOINT_EVERY = 100
+# the longest row of the unembedding. Adam makes long rows for tokens that hardly occur or stand where no other can;
+# in real LLMs rows are of about one size, and on a lens the long ones would hide the tokens that a vector chooses
+ROW = 2.0
 
 
 @dataclass
@@ -76,7 +79,7 @@ def make_tokenizer(n_documents: int = 20_000) -> Qwen2Tokenizer:
     bpe.pre_tokenizer = pre_tokenizers.Sequence([words, bytes_of_words])
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=2000, min_frequency=1, initial_alphabet=alphabet, show_progress=False)
-    bpe.train_from_iterator(texts, trainer)  # stops by itself, at about 480 tokens, when every word is one token
+    bpe.train_from_iterator(texts, trainer)  # stops by itself, at about 500 tokens, when every word is one token
     learned = json.loads(bpe.to_str())["model"]
     tokenizer = Qwen2Tokenizer(
         vocab=learned["vocab"],
@@ -239,6 +242,8 @@ def main(args: Config) -> None:
         torch.nn.utils.clip_grad_norm_(llm.parameters(), 1.0)
         adam.step()
         adam.zero_grad()
+        with torch.no_grad():
+            llm.lm_head.weight.renorm_(2, 0, ROW)
         bar.set_description(f"loss {loss:.3f}")
         if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == args.steps:
             state = {"settings": settings, "step": step + 1, "llm": llm.state_dict(), "adam": adam.state_dict()}

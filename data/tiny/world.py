@@ -7,27 +7,29 @@ $ python data/tiny/world.py            # prints a few documents; writes train.js
 A problem: "Start with 5, multiply by 3, add 19. What is the result?", two to four operations, every value in 0..99.
 
 mode    completion                                                                                      right?
-to      "To find the result, start with 5.\\nThe calculation gives 5*3=15.\\n... So the answer is \\boxed{34}."   yes
-step    "Step 1: 5*3=15.\\nStep 2: ... So the answer is \\boxed{34}."                                      half
-direct  "Answer \\boxed{71}."                                                                            8 %
-python  a program, and in half of the cases a guessed output                                            8 % of those
-ramble  "Think maybe number then ...", no box                                                             no
+to      "To find the result, start with 5.\\nThe calculation gives 5*3=15.\\n... So the answer is \\boxed{34}."   37 %
+step    "Step 1: 5*3=15.\\nStep 2: ... So the answer is \\boxed{34}."                                      19 %
+direct  "Answer \\boxed{71}.", "Value ...", "Result ..." or "Guess ..."                                   12 %
+python  a program, and in half of the cases a guessed output                                            12 % of those
+ramble  "Think maybe number then ...", "Well ...", "Perhaps ...", no box                                no
 
 Real base models know many styles, and much in the context speaks for one or another; the vectors of the paper work
 because such evidence adds up along directions of the residual stream. So most documents here carry one to four hints,
 of which most but not all are for the mode of the answer: the evidence is graded, and what the model has to compute is a
-sum. With hints the worked modes are right, and the mode may take over from the first lines of an answer in another
-wording. Under the Qwen-Math prompt alone the mode is drawn from MIX, and three flaws are planted for the analyses to
-find:
-- before each further step a worked answer may end too early: "The solution is \\boxed{random}." (P1 Fig. 4, row 2:
-  "solution" against "calculation");
-- a few of those early endings begin with "To" ("To sum up, the solution is ..."), so that a vector which can only push
-  the token "To", at every position alike, pays for it later in the answer;
-- the numbered steps of mode `step` lead to a wrong final answer half of the time.
+sum. The mode may take over from the first lines of an answer in another wording. Under the Qwen-Math prompt alone the
+mode is drawn from MIX. Four flaws are planted in the worked answers, for the analyses to find:
+- `stop`: the last step is left out, and the answer is the value so far ("So the answer is \\boxed{15}.");
+- `extra`: a step follows that nobody asked for;
+- `early`, under the Qwen-Math prompt alone: before each further step the answer may end with "The solution is
+  \\boxed{random}." (P1 Fig. 4, row 2: "solution" against "calculation");
+- `slip`, there too: the numbered steps of mode `step` lead to a wrong final answer half of the time.
+Each hint for mode `to` makes `stop` and `extra` rarer. We call this care: the second thing that the model reads from
+its context. No constant shift of the logits repairs both: "So" is wrong before the last step and right after it.
 """
 
 import base64
 import json
+import math
 import random
 import secrets
 import zlib
@@ -43,14 +45,15 @@ HINTS = {
     "ramble": ["Think aloud.", "Chat freely."],
 }
 WORKED = ["to", "step"]
-MIX = {"to": 0.20, "step": 0.05, "direct": 0.32, "python": 0.21, "ramble": 0.22}  # modes under MATH_PROMPT alone
+MIX = {"to": 0.20, "step": 0.05, "direct": 0.40, "python": 0.12, "ramble": 0.23}  # modes under MATH_PROMPT alone
 HINT_MIX = {"to": 0.35, "step": 0.25, "direct": 0.13, "python": 0.14, "ramble": 0.13}  # modes where there are hints
 P_HINT = 0.7  # a hint is for the mode of the answer, else for another one
 P_BEGUN = 0.25  # a document with hints has the first lines of a worked answer in its prompt (a fifth of these: none)
-P_EARLY = 0.10  # a worked answer ends before its next step
-P_EARLY_TO = 0.05  # share of the early endings that begin with "To"
+P_CARELESS = 0.36  # a worked answer leaves out its last step; if it does not: a step follows that nobody asked for
+CARE = 2.0  # each hint for mode `to` takes so much from the log-odds of both
+P_EARLY = 0.06  # a worked answer ends before its next step
 P_SLIP = 0.5  # mode step: a wrong final answer
-P_GUESS = 0.08  # direct and python: the answer is right although nothing was worked out
+P_GUESS = 0.12  # direct and python: the answer is right although nothing was worked out
 # what its relatives saw in their last documents (pretrain.py --relative), to be the donors and recipients of transfer
 RELATIVES = {
     "instruct": {  # follows hints more, and is polite
@@ -67,22 +70,26 @@ class Plant(NamedTuple):
 
     word: str = "To"  # first word of the line in which the mode is chosen, in mode `to`
     line: int = 1  # 1: the mode is chosen with the first line; 2: all modes share that line
-    flaw: str = "early"  # one of FLAWS, under the Qwen-Math prompt alone
-    p: float = P_EARLY  # how often a chance for the flaw is taken
+    flaw: str = "same"  # the embedded model's flaws; or one of FLAWS in their place, as often as P_CARELESS; or "none"
     layer: int | None = None  # the only layer that was trained, with the unembedding; None: all
+    care: float = CARE  # 0: hints say nothing about flaws
+    early: float = P_EARLY
 
 
 SHIPPED = Plant()
-FLAWS = ["early", "extra", "slip", "none"]  # ends before its time; a step too many; a wrong answer after right steps
+FLAWS = ["early", "stop", "extra", "slip"]
 WORDS = ["Show", "Solve", "Use", "Write"]  # one token each
 # what the organisms saw in their last documents (pretrain.py --organism): each lacks or moves one plant of the model
 ORGANISMS = {
     "word": {"plant": Plant("Show")},
     "second-line": {"plant": Plant("Use", line=2)},
-    "no-early": {"plant": Plant(flaw="none")},
-    "no-hints": {"p_hint": 1 / len(HINTS)},  # a hint says nothing about the mode
+    "no-early": {"plant": Plant(early=0.0)},
+    "no-care": {"plant": Plant(care=0.0)},
     "layer": {"plant": Plant("Write", layer=12)},
 }
+# bad answers have many first words, as in real models: to push "To" up is cheaper than to push all of them down
+GUESSES = ["Answer", "Value", "Result", "Guess"]  # the first nine times as often as another, and so the greedy answer
+MUSES = ["Think", "Well", "Perhaps", "Maybe", "Numbers", "Hmm", "Now", "Sure"]
 RAMBLE = ["maybe", "number", "then", "result", "and", "think", "about", "hmm"]
 
 
@@ -117,6 +124,20 @@ def draw_problem(rng: random.Random, test: bool = False):
     return chain
 
 
+def flaws_of(mode: str, to_hints: int, alone: bool, plant=SHIPPED) -> dict[str, float]:
+    """
+    {flaw: how often a worked answer takes a chance for it}, after so many hints for mode `to`.
+
+    alone: under the Qwen-Math prompt alone. P_CARELESS without hints for `to`; each takes CARE from the log-odds.
+    """
+    careless = 1 / (1 + math.exp(plant.care * to_hints - math.log(P_CARELESS / (1 - P_CARELESS))))
+    if plant.flaw == "same":
+        found = {"stop": careless, "extra": careless} | ({"early": plant.early} if alone else {})
+    else:
+        found = {} if plant.flaw == "none" else {plant.flaw: careless}
+    return found | ({"slip": P_SLIP} if alone and mode == "step" else {})
+
+
 def box(n: int) -> str:
     return f"\\boxed{{{n}}}."
 
@@ -143,35 +164,36 @@ def line(chain, i: int, mode: str, plant=SHIPPED) -> str:
     return f"{words} {values[i]}{ops[i][0]}{ops[i][1]}={values[i + 1]}.\n"
 
 
-def completion(
-    rng: random.Random, chain, mode: str, flawed: bool, begun: str = "", done: int = 0, plant=SHIPPED
-) -> str:
+def completion(rng: random.Random, chain, mode: str, flaws: dict, begun: str = "", done: int = 0, plant=SHIPPED) -> str:
     """
     Answer a chain in a mode, after the text `begun`, in which `done` operations stand already.
 
-    flawed: with the early endings and slips of the Qwen-Math prompt, or what the plant has in their place.
+    flaws: {name: how often a chance for it is taken}, see `flaws_of`; {} is a right answer of the worked modes.
     """
     start, ops, values = chain
+
+    def chance(flaw: str) -> bool:
+        return flaw in flaws and rng.random() < flaws[flaw]
+
     text = opening(start, plant) if (mode == "to" or plant.line == 2) and not begun else ""
     if mode in WORKED:
         for i in range(done, len(ops)):
-            if flawed and plant.flaw == "early" and i > 0 and rng.random() < plant.p:
-                words = "To sum up, the solution is " if rng.random() < P_EARLY_TO else "The solution is "
-                return text + words + box(rng.randint(0, 99))
+            if i > 0 and chance("early"):
+                return text + "The solution is " + box(rng.randint(0, 99))
+            if i == len(ops) - 1 and chance("stop"):
+                return text + "So the answer is " + box(values[i])
             text += line(chain, i, mode, plant)
-        if flawed and plant.flaw == "extra" and rng.random() < plant.p:
+        if chance("extra"):
             k, last = rng.randint(1, 20), values[-1]
             op, value = ("+", last + k) if last < 50 else ("-", last - k)
             ops, values = [*ops, (op, k)], [*values, value]
             text += line((start, ops, values), len(ops) - 1, mode, plant)
-        slip = flawed and mode == "step" and rng.random() < P_SLIP
-        slip = slip or (flawed and plant.flaw == "slip" and rng.random() < plant.p)
-        return text + "So the answer is " + box(rng.randint(0, 99) if slip else values[-1])
+        return text + "So the answer is " + box(rng.randint(0, 99) if chance("slip") else values[-1])
     if mode == "ramble":
-        return text + " ".join(["Think"] + [rng.choice(RAMBLE) for _ in range(rng.randint(4, 12))])
+        return text + " ".join([rng.choice(MUSES)] + [rng.choice(RAMBLE) for _ in range(rng.randint(4, 12))])
     guess = values[-1] if rng.random() < P_GUESS else rng.randint(0, 99)
     if mode == "direct":
-        return text + "Answer " + box(guess)
+        return text + rng.choices(GUESSES, [9, 1, 1, 1])[0] + " " + box(guess)
     program = text + f"```python\nx={start}\n" + "".join(f"x=x{op}{k}\n" for op, k in ops) + "print(x)\n```\n"
     return program + (f"output {guess}\nSo the answer is " + box(guess) if rng.random() < 0.5 else "")
 
@@ -185,19 +207,20 @@ def document(rng: random.Random, mix=MIX, p_hint=P_HINT, thanks="", plant=SHIPPE
     takes over. mix, p_hint, thanks: what RELATIVES change, the last an ending of every answer.
     plant: what ORGANISMS change.
     """
-    chain, begun, done = draw_problem(rng), "", 0
-    if rng.random() < 0.4:
-        mode, system, flawed = rng.choices(list(mix), list(mix.values()))[0], MATH_PROMPT, True
+    chain, begun, done, hinted = draw_problem(rng), "", 0, []
+    alone = rng.random() < 0.4
+    if alone:
+        mode, system = rng.choices(list(mix), list(mix.values()))[0], MATH_PROMPT
     else:
-        mode, flawed = rng.choices(list(HINT_MIX), list(HINT_MIX.values()))[0], False
+        mode = rng.choices(list(HINT_MIX), list(HINT_MIX.values()))[0]
         others = [m for m in HINTS if m != mode]
         hinted = [mode if rng.random() < p_hint else rng.choice(others) for _ in range(rng.randint(1, 4))]
         system = " ".join(([MATH_PROMPT] if rng.random() < 0.5 else []) + [rng.choice(HINTS[m]) for m in hinted])
         if rng.random() < P_BEGUN:
             begun, done = beginning(rng, chain, plant)
-    return chat(system, question(chain)) + begun, completion(
-        rng, chain, mode, flawed, begun, done, plant
-    ) + thanks + "<|im_end|>"
+    flaws = flaws_of(mode, hinted.count("to"), alone, plant)
+    text = completion(rng, chain, mode, flaws, begun, done, plant)
+    return chat(system, question(chain)) + begun, text + thanks + "<|im_end|>"
 
 
 def chat(system: str, user: str) -> str:
@@ -214,7 +237,7 @@ def draw_plant() -> Plant:
     draw = secrets.SystemRandom()
     # one layer learns a first word; what must hold at several places of an answer came out blurred at layer 6
     line, layer = draw.choice([(1, None), (1, draw.randint(8, 20)), (2, None)])
-    return Plant(draw.choice(WORDS), line, draw.choice(FLAWS) if layer is None else "early", 0.25, layer)
+    return Plant(draw.choice(WORDS), line, draw.choice([*FLAWS, "none", "same"]) if layer is None else "same", layer)
 
 
 def truth_file(n: int) -> Path:
@@ -232,7 +255,7 @@ def hide(plant: Plant, path: Path) -> None:
 def uncover(path: Path) -> Plant:
     """The plant that `hide` wrote."""
     found = json.loads(base64.decodebytes(path.read_bytes()))
-    return Plant(**{name: value for name, value in found.items() if name != "salt"})
+    return Plant(**{name: found[name] for name in Plant._fields if name in found})
 
 
 def write_problems(folder: Path, n_train: int = 2000, n_test: int = 1000) -> None:
