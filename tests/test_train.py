@@ -667,8 +667,8 @@ def test_vector_moves_by_the_learning_rate(tmp_path):
     llm, tokenizer = model.load("tiny", device="cpu")
     problems = problems_of("data/tiny/train.jsonl").rows[:16]
     rms = model.residual_rms(llm, [prompt_ids(tokenizer, row["problem"]) for row in problems], [27])[27]
-    pair = {"layer": "3,27"}  # two vectors: half the step each
-    cases = {"one": (0.06 * rms, {}), "two": (0.03 * rms, pair), "absolute": (0.3, {"lr_absolute": 0.3} | pair)}
+    four = {"layer": "3,9,14,27"}  # divided by half of their number: half the step each
+    cases = {"one": (0.06 * rms, {}), "four": (0.03 * rms, four), "absolute": (0.3, {"lr_absolute": 0.3} | four)}
     for name, (lr, changes) in cases.items():
         train.main(settings(tmp_path / name, **({"steps": 1, "reward": "random", "lr": 0.06} | changes)))
         vectors, _ = model.load_vectors(tmp_path / name / "vectors.safetensors", llm.config, "tiny")
