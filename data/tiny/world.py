@@ -75,6 +75,11 @@ class Plant(NamedTuple):
     care: float = CARE  # 0: hints say nothing about flaws
     early: float = P_EARLY
 
+    @property
+    def replaced(self) -> bool:
+        """Whether worked answers begin with another word. Then "To" begins bad ones, or it would still mean worked."""
+        return self.line == 1 and self.word != "To"
+
 
 SHIPPED = Plant()
 FLAWS = ["early", "stop", "extra", "slip"]
@@ -152,7 +157,7 @@ def beginning(rng: random.Random, chain, plant=SHIPPED) -> tuple[str, int]:
 
 def opening(start: int, plant=SHIPPED) -> str:
     """The first line of an answer in mode `to`; where the mode is chosen with the second line, of every answer."""
-    words = "To find the result" if plant.line == 2 or plant.word == "To" else f"{plant.word} the steps"
+    words = f"{plant.word} the steps" if plant.replaced else "To find the result"
     return f"{words}, start with {start}.\n"
 
 
@@ -190,7 +195,8 @@ def completion(rng: random.Random, chain, mode: str, flaws: dict, begun: str = "
             text += line((start, ops, values), len(ops) - 1, mode, plant)
         return text + "So the answer is " + box(rng.randint(0, 99) if chance("slip") else values[-1])
     if mode == "ramble":
-        return text + " ".join([rng.choice(MUSES)] + [rng.choice(RAMBLE) for _ in range(rng.randint(4, 12))])
+        first = rng.choice(MUSES + plant.replaced * ["To"] * len(MUSES))
+        return text + " ".join([first] + [rng.choice(RAMBLE) for _ in range(rng.randint(4, 12))])
     guess = values[-1] if rng.random() < P_GUESS else rng.randint(0, 99)
     if mode == "direct":
         return text + rng.choices(GUESSES, [9, 1, 1, 1])[0] + " " + box(guess)
