@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 
 import pretrain
 import pytest
@@ -339,3 +340,20 @@ def test_distance_by_hand():
     ends = torch.tensor([1, 2])
     assert pretrain.distance([h], ends).item() == pytest.approx(0.2, rel=1e-6)
     assert pretrain.distance([h, torch.ones(2, 3, 2)], ends).item() == pytest.approx(0.1, rel=1e-6)
+
+
+def test_hits_and_false_alarms_are_counted():
+    """Two seeds: of 2 planted lenses one is found, of 2 absent ones one, too; the only shift is found twice."""
+    from test_truths import Verdict, by_organism, hits_and_false_alarms
+
+    tiny, word = partial(Verdict, organism="tiny", planted=True), partial(Verdict, organism="word", planted=False)
+    verdicts = [tiny("lens", found=True), tiny("shift", found=True), tiny("lens", found=False)]
+    verdicts += [tiny("shift", found=True), word("lens", found=False), word("lens", found=True)]
+    rows = [line.replace("`", "").split("|")[1:-1] for line in by_organism(verdicts).splitlines()[2:]]
+    assert [[cell.strip() for cell in row] for row in rows] == [
+        ["lens", "tiny", "yes", "yes, no"], ["lens", "word", "no", "no, yes"], ["shift", "tiny", "yes", "yes, yes"],
+    ]  # fmt: skip
+    scores = [line.replace("`", "").split("|")[1:-1] for line in hits_and_false_alarms(verdicts).splitlines()[2:]]
+    scores = {name.strip(): (hits.strip(), alarms.strip()) for name, hits, alarms in scores}
+    assert scores["lens"] == ("1 of 2", "1 of 2") and scores["shift"] == ("2 of 2", "0 of 0")
+    assert scores["all"] == ("3 of 4", "1 of 2") and scores["sweep"] == ("0 of 0", "0 of 0")

@@ -12,6 +12,7 @@ a core, a vector two to four. All of it stays in out/truths-CHECKSUM of the weig
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import tyro
@@ -22,6 +23,7 @@ import world  # noqa: E402
 
 import analyze  # noqa: E402
 import train  # noqa: E402
+from data.estimate import markdown  # noqa: E402
 from data.runs import FAMILY, TINY, weights_digest  # noqa: E402
 
 pytestmark = pytest.mark.slow
@@ -127,8 +129,39 @@ def vectors_of(name: str, seed: int, out: Path):
     return run
 
 
+class Verdict(NamedTuple):
+    analysis: str
+    organism: str
+    planted: bool
+    found: bool
+
+
+def yes_or_no(x: bool) -> str:
+    return "yes" if x else "no"
+
+
+def by_organism(verdicts: list[Verdict]) -> str:
+    """The table analysis x organism; the verdicts of several seeds stand beside each other."""
+    cells: dict[tuple, list[bool]] = {}
+    for analysis, organism, planted, found in verdicts:
+        cells.setdefault((analysis, organism, planted), []).append(found)
+    order = sorted(cells, key=lambda cell: [*ASKED].index(cell[0]))
+    table = [[f"`{a}`", f"`{o}`", yes_or_no(p), ", ".join(map(yes_or_no, cells[a, o, p]))] for a, o, p in order]
+    return markdown(["analysis", "organism", "planted", "found, by seed"], table)
+
+
+def hits_and_false_alarms(verdicts: list[Verdict]) -> str:
+    """Of what was planted how much was found, and of what was not how much was found all the same."""
+    table = []
+    for analysis in (*ASKED, "all"):
+        mine = [one for one in verdicts if analysis in (one.analysis, "all")]
+        planted, absent = ([one.found for one in mine if one.planted == there] for there in (True, False))
+        table.append([f"`{analysis}`", f"{sum(planted)} of {len(planted)}", f"{sum(absent)} of {len(absent)}"])
+    return markdown(["analysis", "hits", "false alarms"], table)
+
+
 def main(args: Config) -> None:
-    rows, out = [], Path(f"out/truths-{weights_digest(TINY)}")  # (analysis, organism, seed, planted, found)
+    verdicts, out = [], Path(f"out/truths-{weights_digest(TINY)}")
     for name in args.organisms:
         for seed in args.seeds:
             run = vectors_of(name, seed, out)
@@ -136,18 +169,9 @@ def main(args: Config) -> None:
                 if (analysis, name) in UNFIT:
                     continue
                 says, detail = ask(run, seed)
-                rows.append((analysis, name, seed, analysis not in LACKS[name], says))
-                print(f"{name}, seed {seed}, {analysis}: {'yes' if says else 'no'} ({detail})", flush=True)
-    print("\n| analysis | organism | planted | found, by seed |\n|---|---|---|---|")
-    for analysis in ASKED:
-        for name in args.organisms:
-            mine = [row for row in rows if row[:2] == (analysis, name)]
-            if not mine:
-                continue
-            answers = ", ".join("yes" if row[4] else "no" for row in mine)
-            print(f"| `{analysis}` | `{name}` | {'yes' if mine[0][3] else 'no'} | {answers} |")
-    planted, absent = [row[4] for row in rows if row[3]], [row[4] for row in rows if not row[3]]
-    print(f"\nhits: {sum(planted)} of {len(planted)}; false alarms: {sum(absent)} of {len(absent)}")
+                verdicts.append(Verdict(analysis, name, analysis not in LACKS[name], says))
+                print(f"{name}, seed {seed}, {analysis}: {yes_or_no(says)} ({detail})", flush=True)
+    print(f"\n{by_organism(verdicts)}\n\n{hits_and_false_alarms(verdicts)}")
 
 
 @pytest.fixture(scope="module")
