@@ -5,8 +5,8 @@ $ python train.py --layer 27                         # embedded model, 2 CPU cor
 $ python train.py --layer all                        # one vector per layer (arXiv:2505.18706): 91 %
 $ python train.py --layer 26 --site input-norm       # at another site (arXiv:2509.06608, Fig. 10): 38 %
 $ python train.py --layer 26 --method lora --rank 1  # a vector scaled per token: 93 %
-$ python train.py --layer 14 --numbers 4             # a vector made of 4 trained numbers
-$ python train.py --layer all --method tiny --rank 2 # TinyLoRA, 13 numbers (arXiv:2602.04118)
+$ python train.py --layer 14 --numbers 13            # a vector made of 13 trained numbers: 35 %
+$ python train.py --layer all --method tiny --rank 2 # TinyLoRA, 13 numbers (arXiv:2602.04118): 13 %
 $ python train.py --method full                      # all weights, the papers' baseline: 97 %
 $ python train.py --layer 27 --resume                # goes on where a run was stopped
 
