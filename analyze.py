@@ -1103,7 +1103,7 @@ def attention_kl(llm, vectors: dict, prompts, completions, queries=128, seed=0) 
 def first_seen(place) -> int:
     """The first layer whose attention a vector at this place can change: its own, if the vector comes before it."""
     layer, site, *_ = model.split(place)
-    return layer + (not site.startswith(("input", "self_attn.q_", "self_attn.k_")))
+    return layer + (not site.startswith(("input", "self_attn.q", "self_attn.k")))
 
 
 @analysis("ours; P4 Sec. 6", most=1)

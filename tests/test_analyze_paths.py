@@ -439,7 +439,7 @@ def test_accuracies_under_conditions_have_the_papers_protocol(tokenizer, tmp_pat
 
 def test_the_first_layer_whose_attention_can_change():
     later = [3, "3@answer", "3.attention", "3.post-attention-norm", "3.self_attn.v_proj", "3.self_attn.o_proj"]
-    same = ["3.input-norm", "3.input_layernorm", "3.self_attn.q_proj", "3.self_attn.k_proj", "3.self_attn.q_norm"]
+    same = ["3.input-norm", "3.input_layernorm", "3.self_attn.q_proj", "3.self_attn.k_proj", "3.self_attn.qkv_proj"]
     assert {analyze.first_seen(place) for place in later} == {4}
     assert {analyze.first_seen(place) for place in same} == {3}
 
