@@ -52,7 +52,7 @@ def lens(run, seed) -> tuple[bool, str]:
 
 
 def shift(run, seed) -> tuple[bool, str]:
-    """Is the mode chosen with the first token? "To" rises there, by more than 0.4, and four times as much as later."""
+    """Does "To" choose the mode, at the first token? It rises there, by more than 0.4, four times as much as later."""
     doc = found("shift", run(LAST), n=60, seed=seed)
     token, first, later = doc["boxes"][-1]["token"], doc["by_position"][0]["value"], doc["later"]["value"]
     return token == "To" and first > max(0.4, 4 * later), f"{token!r} {first:+.2f}, later {later:+.3f}"

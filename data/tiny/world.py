@@ -195,7 +195,7 @@ def completion(rng: random.Random, chain, mode: str, flaws: dict, begun: str = "
             text += line((start, ops, values), len(ops) - 1, mode, plant)
         return text + "So the answer is " + box(rng.randint(0, 99) if chance("slip") else values[-1])
     if mode == "ramble":
-        first = rng.choice(MUSES + plant.replaced * ["To"] * len(MUSES))
+        first = rng.choice(MUSES + ["To"] * len(MUSES) if plant.replaced else MUSES)
         return text + " ".join([first] + [rng.choice(RAMBLE) for _ in range(rng.randint(4, 12))])
     guess = values[-1] if rng.random() < P_GUESS else rng.randint(0, 99)
     if mode == "direct":
