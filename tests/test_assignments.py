@@ -298,10 +298,9 @@ def last_result(answer):
 def test_organisms_have_what_was_planted():
     to = "To find the result"
     answers = plain_answers(plant=world.Plant("Show"))
-    assert not any(a.startswith("To") for a in answers)
-    assert sum(a.startswith("Show the steps, start with") for a in answers) / len(answers) == pytest.approx(
-        world.MIX["to"], abs=0.03
-    )
+    # "To" begins bad answers: else it would still mean worked when it is forced, as the shipped weights learned it
+    for words, share in (("Show the steps, start with", world.MIX["to"]), ("To ", world.MIX["ramble"] / 2), (to, 0)):
+        assert sum(a.startswith(words) for a in answers) / len(answers) == pytest.approx(share, abs=0.03 * (share > 0))
     answers = plain_answers(plant=world.Plant("Use", line=2))
     assert all(a.startswith(to) for a in answers)
     second = [a.split("\n")[1].split(" ")[0] for a in answers]

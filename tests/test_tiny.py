@@ -83,18 +83,6 @@ def test_flaws_have_the_planted_frequencies():
     assert not any("boxed" in world.completion(rng, chain, "ramble", {}) for chain in some)
 
 
-def test_a_word_that_was_replaced_begins_bad_answers():
-    """Else "To", which the shipped weights know, would still begin worked answers of an organism when it is forced."""
-    rng, some = chains(2000)
-
-    def begin_with_to(mode, plant):
-        return sum(world.completion(rng, c, mode, {}, plant=plant).startswith("To") for c in some) / len(some)
-
-    for plant, to, ramble in ((world.SHIPPED, 1, 0), (world.Plant("Show"), 0, 0.5), (world.Plant("Use", line=2), 1, 1)):
-        assert begin_with_to("to", plant) == to
-        assert begin_with_to("ramble", plant) == pytest.approx(ramble, abs=0.04)
-
-
 def mode_of(text):
     """By the first word; no word begins answers of two modes."""
     word = re.match(r"\S+", text).group()
