@@ -179,7 +179,7 @@ def test_gradient_does_not_depend_on_the_micro_batches(layers):
 
 @pytest.mark.parametrize("layers", [(0,), (1, 2), (2,)])
 def test_recomputing_layers_changes_no_gradient_and_saves_activations(layers):
-    llm = random_llm()
+    llm = random_llm().double()  # in float32 the two ways round apart by up to 2e-5 on some processors
     plain, _ = gradient(10_000, layers, llm)
     calls = [0, 0, 0]
     for i, block in enumerate(llm.model.layers):
