@@ -1,14 +1,13 @@
 """
-How the problems of a step are shared out over the processes of torchrun, and what they found is put together again.
+Several processes under torchrun: how a step's problems are divided among them, and how their results are combined.
 
-torchrun starts a process for every GPU. Each answers and trains on its share of a step's problems, all k answers to a
-problem in one process. The gradients are summed, for vectors a few kilobytes, and every process takes the same Adam
-step. With --method full every process takes the step of its part of the weights. Process 0 alone writes and prints.
-Without torchrun there is one process, which has the whole of everything.
+torchrun starts one process for every GPU. Each process answers and trains on its shard of a step's problems, with all k
+answers to a problem in one process. The gradients are summed, for vectors a few kilobytes, and every process takes the
+same Adam step. With --method full every process takes the step of its shard of the weights. Only process 0 writes and
+prints. Without torchrun there is one process, and its shard is everything.
 """
 
 import os
-import random
 import sys
 import time
 from collections import Counter
@@ -19,8 +18,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from data.runs import append, written
-from rewards import grading_timeouts
+from plumbing.files import written
 
 
 def join_processes(device: str, prompts: int) -> str:
@@ -32,7 +30,7 @@ def join_processes(device: str, prompts: int) -> str:
             torch.cuda.set_device(device)
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")  # objects by gloo, gradients by nccl
     if prompts % world()[1]:
-        sys.exit(f"--prompts {prompts} cannot be shared by {world()[1]} processes evenly")
+        sys.exit(f"--prompts {prompts} cannot be divided evenly among {world()[1]} processes")
     return device
 
 
@@ -50,57 +48,44 @@ def rank() -> int:
     return world()[0]
 
 
-def share(items: list) -> list:
+def shard(items: list) -> list:
     """This process's part of a list: the parts of all processes in order are the list."""
     rank, n = world()
     return items[rank * len(items) // n : (rank + 1) * len(items) // n]
 
 
-def batch_of_problems(rows: list[dict], n: int, step: int, seed: int) -> list[dict]:
-    """
-    This process's share of the n problems of a step.
-
-    The data come in a new order every epoch, a function of (seed, epoch) alone: nothing has to be replayed on a resume.
-    """
-    per_epoch = len(rows) // n
-    order = list(range(len(rows)))
-    random.Random(f"{seed}:{step // per_epoch}").shuffle(order)
-    first = step % per_epoch * n
-    return share([rows[i] for i in order[first : first + n]])
-
-
-def everyone(item) -> list:
-    """What each of the processes has, in their order."""
+def all_gather(item) -> list:
+    """The items of all processes, in their order."""
     parts = [item] * world()[1]
     if len(parts) > 1:
         dist.all_gather_object(parts, item)
     return parts
 
 
-def tokens_of_all(rolled) -> int:
-    """Completion tokens of a step's answers over all processes."""
-    return sum(everyone(sum(map(len, rolled.completions))))
-
-
-def add_up(x: torch.Tensor) -> None:
-    """The sum over all processes, in place."""
+def all_reduce(x: torch.Tensor) -> None:
+    """Sum x over all processes, in place."""
     if world()[1] > 1:
         dist.all_reduce(x)
 
 
-# ------------------------------------------------------------------------------------------------- tensors in parts
+def barrier() -> None:
+    """Wait until every process is here."""
+    all_gather(None)
+
+
+# ---------------------------------------------------------------------------------------------------- sharded tensors
 
 
 def sharded(x: torch.Tensor) -> torch.Tensor:
-    """This process's rows of a tensor that every process has whole; alone the tensor itself."""
+    """This process's rows of a tensor that every process has whole; with one process the tensor itself."""
     if world()[1] == 1:
         return x
     mesh = dist.device_mesh.init_device_mesh(x.device.type, (world()[1],))
     return distribute_tensor(x, mesh, [Shard(0)], src_data_rank=None)  # None: no communication, each cuts its own part
 
 
-def whole(x: torch.Tensor) -> torch.Tensor:
-    """What `sharded` cut, put together again; every process has to ask."""
+def unshard(x: torch.Tensor) -> torch.Tensor:
+    """The whole tensor from the shards of all processes; every process has to call it."""
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
@@ -112,8 +97,8 @@ def save_state(path, step: int, values: dict, adam: torch.optim.Optimizer) -> No
     """
     trained = {}
     for name, s in values.items():
-        moments = {key: whole(x).cpu() for key, x in adam.state[s].items()}
-        trained[str(name)] = {"value": whole(s.detach()).cpu()} | moments
+        moments = {key: unshard(x).cpu() for key, x in adam.state[s].items()}
+        trained[str(name)] = {"value": unshard(s.detach()).cpu()} | moments
     if rank() == 0:
         with written(path) as new:
             torch.save({"step": step, "trained": trained}, new)
@@ -161,7 +146,7 @@ class AllWeights:
     def gathered(self) -> list[torch.Tensor]:
         """The gradients, summed over all processes; every process takes the step of its part."""
         for name, gradient in self.gradients.items():
-            add_up(gradient)
+            all_reduce(gradient)
             self.values[name].grad = sharded(gradient)
         return list(self.gradients.values())
 
@@ -177,10 +162,11 @@ class AllWeights:
         subject = self.run.subject
         engine = subject.engine(self.run.rows)  # before the copy: it is tested against the base model's weights
         for name, weight in subject.llm.named_parameters():
-            weight.copy_(whole(self.values[name]))
+            weight.copy_(unshard(self.values[name]))
         if engine is not None:
             engine.push_weights(subject.llm)
-        subject.weights = subject.inside = str(self.run.out / "weights")  # its answers are not the base model's
+        # its answers are not the base model's
+        subject.wanted_weights = subject.loaded_weights = str(self.run.out / "weights")
 
     def write(self, folder, step: int) -> None:
         """Write the model in the Hugging Face format."""
@@ -189,9 +175,9 @@ class AllWeights:
             self.run.subject.tokenizer.save_pretrained(new)
 
 
-# ------------------------------------------------------------------------------------------------ what a step has found
+# ------------------------------------------------------------------------------------------------------- seconds
 
-SECONDS = Counter()  # of the parts of a step, until `log` writes and clears them
+SECONDS = Counter()  # of the parts of a step, until train.log writes and clears them
 
 
 @contextmanager
@@ -202,79 +188,3 @@ def timed(part: str):
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     SECONDS[part] += time.perf_counter() - began
-
-
-def compare(sums: dict, logps: torch.Tensor, others: torch.Tensor, mask: torch.Tensor) -> None:
-    """Add the differences of two computations of the same log-probs to the sums. All (B, C)."""
-    off = (logps.detach() - others).abs()[mask]
-    for name, x in (("compared", off.numel()), ("off", off.sum().item())):
-        sums[name] += x
-    sums["off_max"] = max(sums["off_max"], off.max().item())
-
-
-def log(run, step: int, vectors: dict, sums: dict, batch, rolled, right, rewards) -> None:
-    """Write the metrics of a step, and every fourth step some samples; show the reward."""
-    metrics = {"step": step} | metrics_of(run, vectors, sums, rolled, right, rewards)
-    run.timeouts = grading_timeouts()
-    SECONDS.clear()
-    run.bar.set_description(f"reward {100 * metrics['reward_mean']:.0f} %")
-    if rank() > 0:
-        return
-    if step % 4 == 0:
-        append(run.out / "samples.jsonl", some_samples(step, batch, rolled.texts, rewards))
-    append(run.out / "metrics.jsonl", [metrics])
-    if step == run.bar.initial and metrics["truncated"] > 0.9:
-        cut = f"{100 * metrics['truncated']:.0f} % of the answers are cut off"
-        run.bar.write(f"{cut}: raise --context or --max-tokens")
-
-
-def metrics_of(run, vectors: dict, sums: dict, rolled, right, rewards) -> dict:
-    """The metrics of a step, over all processes."""
-    sums = sums | {
-        "reward": rewards.sum().item(),
-        "right": right.sum().item(),
-        "equal": (rewards == rewards[:, :1]).all(1).sum().item(),
-        "ended": sum(rolled.ended),
-        "length": sum(map(len, rolled.completions)),
-        "timeouts": grading_timeouts() - run.timeouts,
-    }
-    parts = everyone(sums)
-    total = {name: sum(part[name] for part in parts) for name in sums}
-    n, trained_tokens = run.args.prompts * run.args.samples, max(total["tokens"], 1)
-    metrics = {
-        "reward_mean": total["reward"] / n,
-        "accuracy": total["right"] / n,  # share of right answers; differs from the reward if that is another one
-        "prompts_all_equal": total["equal"] / run.args.prompts,  # share: no signal from them
-        "truncated": 1 - total["ended"] / n,  # share of answers cut off at their limit
-        "tokens_mean": total["length"] / n,
-        "loss": total["loss"],
-        "surprise_nats_per_token": total["nats"] / trained_tokens,  # mean -log pi: estimates the entropy
-        "grad_norm": sums["norm"],  # before clipping
-        "vector_norm": {str(place): s.norm().item() for place, s in vectors.items() if s.requires_grad},
-        "seconds_sampling": SECONDS["sampling"],
-        "seconds_grading": SECONDS["grading"],
-        "seconds_training": SECONDS["gradient"] + SECONDS["update"],
-        "seconds_update": SECONDS["update"],  # of that: clipping, Adam, the copy into the model
-        "seconds_sync": getattr(run.subject.started, "sync_seconds", 0.0),  # to give the sampler what was trained
-        "tokens_per_second_sampling": total["length"] / SECONDS["sampling"],  # of all processes
-        "grading_timeouts": total["timeouts"],  # comparisons given up in this step
-    }
-    if "held_out" in sums:
-        metrics["held_out"] = sums["held_out"]  # share of right answers to the held-out problems
-    if total["compared"]:  # a few 1e-2 nats in bfloat16; a jump means that the sampler has other vectors
-        metrics |= {
-            "mismatch_mean": total["off"] / total["compared"],
-            "mismatch_max": max(part["off_max"] for part in parts),
-        }
-    if rolled.logps is not None:
-        metrics["weights_clipped"] = total["clipped"] / trained_tokens
-    return metrics
-
-
-def some_samples(step: int, batch: list[dict], texts: list[str], rewards: torch.Tensor, n: int = 4) -> list[dict]:
-    """Rows for samples.jsonl: the first n answers to each of the first n problems of a step, with their rewards."""
-    k, found = rewards.shape[1], []
-    for i, row in enumerate(batch[:n]):
-        about = {"step": step, "problem": row["problem"], "answer": row["answer"]}
-        found += [about | {"completion": texts[i * k + j], "reward": rewards[i, j].item()} for j in range(min(n, k))]
-    return found
