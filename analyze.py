@@ -7,8 +7,8 @@ $ python analyze.py patch out/tiny-layer26 out/tiny-layer27   # through which pa
 $ python analyze.py report                                    # a page of all that is there, beside the papers' numbers
 
 An analysis is a function under @analysis. It returns the numbers, a table and a sentence with the reading;
-data/figures.py draws them. To add one, write such a function: it is then in --help and in the report, and its table is
-its figure until data/figures.py has a function of the same name.
+plumbing/figures.py draws them. To add one, write such a function: it is then in --help and in the report. Its table is
+its figure until plumbing/figures.py has a function of the same name.
 
 Numbers go to RUN/figures/NAME.json (of several runs: out/figures/), the table to NAME.md, the figure to NAME.png. The
 same command again loads no model and only draws. evaluate.py keeps the answers: an interrupted command goes on, and
@@ -38,10 +38,10 @@ from tqdm import tqdm
 
 import model
 from data.estimate import Estimate, markdown
-from data.figures import draw, piece, quoted, spread
 from data.problems import Problems, benchmarks, problems_of, prompt_ids, segments
 from data.runs import check_seed, checksum, config_of, identity, keep, kept, label_of, lines_of, write
 from evaluate import Subject, answers, grader, vectors_of
+from plumbing.figures import draw, piece, quoted, spread
 from rewards import grade
 
 

@@ -740,11 +740,3 @@ def open_engine(name: str, llm, prompts: list[list[int]], context: int, vectors:
     engine = VLLM(name, llm, context, lora_rank=max(ranks, default=0), **how)
     engine.self_test(llm, [p for p in prompts if len(p) + 32 < context])
     return engine
-
-
-if __name__ == "__main__":  # python model.py RUN --to peft: a run for other programs
-    import tyro
-
-    from data.export import export
-
-    tyro.cli(export)
