@@ -7,7 +7,7 @@ $ python analyze.py patch out/tiny-layer26 out/tiny-layer27   # through which pa
 $ python analyze.py report                                    # a page of all that is there, beside the papers' numbers
 
 An analysis is a function under @analysis. It returns the numbers, a table and a sentence with the reading;
-plumbing/figures.py draws them. To add one, write such a function: it is then in --help and in the report, and its table is
+plumbing/figures.py draws them. To add one, write such a function: it is then in --help and in the report. Its table is
 its figure until plumbing/figures.py has a function of the same name.
 
 Numbers go to RUN/figures/NAME.json (of several runs: out/figures/), the table to NAME.md, the figure to NAME.png. The

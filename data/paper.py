@@ -2,7 +2,7 @@
 The papers beside ours: the figures and tables of data/paper.json, and the report page.
 
 P1, P4: versions 1 and 4 of arXiv:2509.06608; B: arXiv:2505.18706. numbers_of gives the papers' numbers in the form in
-which our analyses give theirs, so that the same functions of data/figures.py draw both.
+which our analyses give theirs, so that the same functions of plumbing/figures.py draw both.
 """
 
 import base64
@@ -11,8 +11,8 @@ import json
 import sys
 from pathlib import Path
 
-from data.figures import draw, quoted
 from data.runs import write
+from plumbing.figures import draw, quoted
 
 PAPER = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
 TABLES = {  # keys of paper.json whose tables stand below an analysis

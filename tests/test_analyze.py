@@ -17,9 +17,10 @@ from torch.nn.functional import cosine_similarity, normalize
 import analyze
 import evaluate
 import model
-from data import figures, paper
+from data import paper
 from data.estimate import Estimate
 from data.problems import Problems
+from plumbing import figures
 
 FAMILIES = ["qwen2", "llama", "mistral", "gemma2"]
 PROMPTS = [[5, 9, 3, 7], [8, 4], [11, 6, 12, 13, 3]]

@@ -13,8 +13,8 @@ from transformers import Gemma3TextConfig
 
 import analyze
 import model
-from data import figures
 from data.problems import problems_of
+from plumbing import figures
 
 FAMILIES = ["qwen2", "llama", "mistral", "qwen3", "gemma", "gemma2"]
 L = 1  # the block that s, at the end of layer 0, enters

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import model
-from data.export import export
 from data.problems import problems_of
+from plumbing.export import export
 
 IDS = torch.randint(3, 61, (2, 9), generator=torch.Generator().manual_seed(0))
 
@@ -276,7 +276,7 @@ def test_models_that_are_no_llama_are_refused_for_vllm(family, run_of, base_of):
 HUB = """
 import json, sys, torch
 import evaluate, model
-from data.export import export
+from plumbing.export import export
 run = sys.argv[1]
 llm, _ = model.load("some/tiny", "cpu")
 with open(f"{run}/config.json", "w") as file:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import model
-from data.export import export
+from plumbing.export import export
 
 gguf = pytest.importorskip("gguf", reason="gguf is not installed")
 bindings = pytest.importorskip("llama_cpp_py_sync._cffi_bindings", reason="llama-cpp-py-sync is not installed")

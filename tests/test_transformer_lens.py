@@ -12,7 +12,7 @@ import torch
 
 import analyze
 import model
-from data.export import export
+from plumbing.export import export
 
 bridge = pytest.importorskip("transformer_lens.model_bridge", reason="transformer-lens is not installed")
 IDS = torch.randint(3, 400, (2, 17), generator=torch.Generator().manual_seed(0))

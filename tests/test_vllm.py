@@ -21,8 +21,8 @@ import analyze  # noqa: E402
 import evaluate  # noqa: E402
 import model  # noqa: E402
 import train  # noqa: E402
-from data.export import export  # noqa: E402
 from data.problems import problems_of  # noqa: E402
+from plumbing.export import export  # noqa: E402
 
 os.environ.update(  # before vLLM is imported
     VLLM_CPU_KVCACHE_SPACE="1", VLLM_CPU_OMP_THREADS_BIND="nobind", VLLM_LOGGING_LEVEL="ERROR", OMP_NUM_THREADS="1"

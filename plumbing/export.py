@@ -1,10 +1,10 @@
 """
 A run for other programs: what was trained, in four formats. Every file says what it is: model.py:metadata_of.
 
-$ python model.py out/tiny-layer27 --to peft          # an adapter folder with a model card, for PeftModel and the hub
-$ python model.py out/tiny-layer27 --to vllm          # a model folder for stock vLLM; the weights are links
-$ python model.py out/tiny-layer27 --to gguf          # a control vector for llama.cpp, repeng and EasySteer
-$ python model.py out/tiny-layer27 --to transformers  # prints the lines that add it to a Hugging Face model
+$ python plumbing/export.py out/tiny-layer27 --to peft          # an adapter folder with a model card, for PeftModel and the hub
+$ python plumbing/export.py out/tiny-layer27 --to vllm          # a model folder for stock vLLM; the weights are links
+$ python plumbing/export.py out/tiny-layer27 --to gguf          # a control vector for llama.cpp, repeng and EasySteer
+$ python plumbing/export.py out/tiny-layer27 --to transformers  # prints the lines that add it to a Hugging Face model
 
 A vector at the end of a layer is a bias of mlp.down_proj, one after attention a bias of self_attn.o_proj. peft and vllm
 hold it as that. What a format cannot hold is refused, never left out.
@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 from transformers.utils import cached_file
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 import model
 from data.runs import base_checksum, config_of, label_of, source_of, write, written
 
@@ -319,3 +320,6 @@ FORMATS = {  # what writes it, where, and how it is used
     "gguf": (to_gguf, "vector.gguf", "llama-cli -m BASE.gguf --control-vector {}"),
     "transformers": (to_transformers, "", ""),
 }
+
+if __name__ == "__main__":
+    tyro.cli(export, description=__doc__)
