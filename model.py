@@ -23,6 +23,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields
 from functools import cached_property, partial
 from importlib.util import find_spec
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -36,8 +37,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import DynamicCache
 from transformers.utils import logging
 
-from data import shared_prompts
 from data.problems import prompt_ids
+from plumbing import fast
+from plumbing.fast import batches  # noqa: F401
 from plumbing.files import FAMILY, base_checksum, source_of, written
 from plumbing.settings import Usual
 from plumbing.vllm import VLLM, VLLM_MODELS
@@ -293,7 +295,7 @@ def sample(
                 rows, fed = _decode(llm, prompts[batch], k, limits[batch], stop, temperature, seeds[batch])
             completions += rows
             if keep is not None:
-                states += shared_prompts.states_by_row(prompts[batch], rows, fed, entering)
+                states += fast.states_by_row(prompts[batch], rows, fed, entering)
     finally:
         llm.answer_positions = None  # after Ctrl-C, too: nothing else may take them for its own
     found = completions, [row[-1] in stop for row in completions]
@@ -303,7 +305,7 @@ def sample(
 def _decode(llm, prompts, k, limits, stop, temperature, seeds):
     """One batch of `sample`: the completions of its B = N*k rows, and the rows of every forward pass."""
     device, B, P, C = llm.device, len(prompts) * k, max(map(len, prompts)), max(limits)
-    ids, mask, positions = shared_prompts.left_padded(prompts, device)
+    ids, mask, positions = fast.left_padded(prompts, device)
     # a uniform number for every token to come, (C, B); time first, so that a longer limit leaves the first ones alone
     noise = [torch.rand(C, k, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     noise = torch.cat(noise, 1).to(device)
@@ -327,7 +329,7 @@ def _decode(llm, prompts, k, limits, stop, temperature, seeds):
     how, known = {}, llm.config.model_type in SITES_OF and llm.config._attn_implementation == "sdpa"
     # measured on a CPU, in float32; elsewhere the model has its own attention, and a copy of the prompt for every row
     if known and llm.device.type == "cpu" and llm.dtype.itemsize >= 4:
-        cache = shared_prompts.AnswerCache(cache, mask, k)
+        cache = fast.AnswerCache(cache, mask, k)
         how["attend"] = cache.attend
     else:
         cache.batch_repeat_interleave(k)
@@ -347,7 +349,7 @@ def _decode(llm, prompts, k, limits, stop, temperature, seeds):
             cache.batch_select_indices(alive)
             rows = rows[alive]
         fed.append(rows)
-        seen = shared_prompts.NO_MASK if how else mask[rows, : P + t + 1]
+        seen = fast.NO_MASK if how else mask[rows, : P + t + 1]
         logits = forward(tokens[rows, t : t + 1], seen, length[rows] + t, **how)
     completions = []
     for row, n in zip(tokens.tolist(), limit.tolist()):
@@ -436,10 +438,10 @@ def token_logps(llm, prompts: list, completions: list, temperature=1.0, chunk=10
     """
     layer, kept = states or (0, None)
     if share:
-        h = shared_prompts.read_together(llm, prompts, completions, layer, kept)
+        h = fast.read_together(llm, prompts, completions, layer, kept)
     else:  # of the last token no state is known, and none is needed
         given = kept and pad_sequence([torch.cat([*parts, parts[0][:1]]) for parts in kept], batch_first=True)
-        with shared_prompts.starting_at(decoder_layers(llm), layer, given):
+        with fast.starting_at(decoder_layers(llm), layer, given):
             h, before = read(llm, prompts, completions)
         h = h[before]
     target = torch.tensor([token for c in completions for token in c], device=h.device)

@@ -2,8 +2,8 @@
 Tokens per second of vLLM with steering vectors against stock vLLM, in turn in one process, and the time of changing
 vectors.
 
-$ python tests/bench_vllm.py                     # embedded model; --model for another
-$ VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind python tests/bench_vllm.py --eager   # on a CPU
+$ python tests/bench/with_vllm.py                     # embedded model; --model for another
+$ VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind python tests/bench/with_vllm.py --eager   # on a CPU
 """
 
 import statistics
@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import tyro
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 import model  # noqa: E402
 from data.problems import problems_of  # noqa: E402
 
