@@ -23,7 +23,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields
 from functools import cached_property, partial
 from importlib.util import find_spec
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, NamedTuple
 

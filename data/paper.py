@@ -11,8 +11,8 @@ import json
 import sys
 from pathlib import Path
 
-from data.runs import write
 from plumbing.figures import draw, quoted
+from plumbing.files import write
 
 PAPER = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
 TABLES = {  # keys of paper.json whose tables stand below an analysis

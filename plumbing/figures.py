@@ -13,6 +13,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
 
 matplotlib.use("Agg")  # writing a PNG needs no window system
 import matplotlib.pyplot as plt  # noqa: E402
@@ -548,3 +549,16 @@ def cost(found: dict) -> dict:
 drawn = [lens, shift, prefix, case, sweep, ablate, compose, sites]
 drawn += [orthogonal, transfer, persistence, similarity, patch, attention, scale, cost]
 FIGURES = {function.__name__: function for function in drawn}  # the table of any other analysis is drawn
+
+
+def plot_reward(metrics: list[dict], base: float, path: Path) -> None:
+    """reward.png: the share of right answers of every step, the level of the unsteered model dashed. base: 0 to 1."""
+    fig = Figure(figsize=(6, 3.5), layout="constrained")
+    ax = fig.subplots()
+    ax.plot([m["step"] for m in metrics], [100 * m["accuracy"] for m in metrics], "o-", ms=3, label="steered, training")
+    if held_out := [(m["step"], 100 * m["held_out"]) for m in metrics if "held_out" in m]:
+        ax.plot(*zip(*held_out), "s", label="steered, held out")
+    ax.axhline(100 * base, color="black", linestyle="--", label="base model")
+    ax.set(xlabel="step", ylabel="right answers (%)", title="RLOO on steering vectors", ylim=(0, 100))
+    ax.legend(frameon=False, loc="upper left")
+    fig.savefig(path, dpi=150)

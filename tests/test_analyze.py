@@ -12,13 +12,13 @@ import pytest
 import torch
 import tyro
 from conftest import random_llm
+from data.estimate import Estimate
 from torch.nn.functional import cosine_similarity, normalize
 
 import analyze
 import evaluate
 import model
 from data import paper
-from data.estimate import Estimate
 from data.problems import Problems
 from plumbing import figures
 

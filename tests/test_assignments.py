@@ -28,10 +28,10 @@ import torch
 import world
 from assignments_grade import difference, judge, known, name_of, numbers, outputs, same
 from conftest import ROOT
+from data.estimate import Estimate
 from safetensors.torch import load_file
 
 import model
-from data.estimate import Estimate
 
 EXERCISES = assignments.EXERCISES
 SEEDS = (0, 11)

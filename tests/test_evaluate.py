@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
+from data.estimate import Estimate
 
 import evaluate
 import model
 import train
 from data import compare
 from data import problems as problem_files
-from data.estimate import Estimate
 from data.problems import PAPERS, problems_of
 
 SIZE = model.load_config("tiny")

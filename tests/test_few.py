@@ -8,13 +8,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import random_llm
+from data.runs import label_of, name_of_run
 from test_train import A, rolled, settings
 
 import analyze
 import model
 import train
 from data import subspace
-from data.runs import label_of, name_of_run
 
 TEXTS = [[5, 6, 7, 8], [9, 10, 11], [12, 13, 14, 15, 16]]
 

@@ -24,10 +24,10 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import analyze  # noqa: E402
 import model  # noqa: E402
 import train  # noqa: E402
-from data.estimate import Estimate, summary  # noqa: E402
 from data.problems import Problems, problems_of  # noqa: E402
-from data.runs import lines_of, weights_digest  # noqa: E402
-from evaluate import Subject, answers  # noqa: E402
+from evaluate import Estimate, answers, summary  # noqa: E402
+from model import Subject  # noqa: E402
+from plumbing.files import TINY, lines_of, weights_digest  # noqa: E402
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -79,7 +79,7 @@ class Check:
     out: Path
     seeds: tuple[int, ...]
     problems: Problems
-    subject: Subject = field(default_factory=lambda: Subject("tiny", device="cpu"))
+    subject: Subject = field(default_factory=lambda: Subject(name="tiny", device="cpu"))
     report: dict = field(default_factory=dict)  # check.json
     table: list[str] = field(
         default_factory=lambda: ["| what | measured | 95 % interval | wanted | met |", "|---" * 5 + "|"]
@@ -166,9 +166,9 @@ def check_controls(check: Check, middle: str, trained_vectors: list[dict], base:
 def main(args: Config) -> None:
     if not any(4 <= layer <= 24 for layer in args.layers):
         sys.exit(f"--layers wants a middle layer, from 4 to 24; got {args.layers}")
-    out = args.out or Path(f"out/check-{weights_digest(model.TINY)}")  # vectors of other weights are no use here
+    out = args.out or Path(f"out/check-{weights_digest(TINY)}")  # vectors of other weights are no use here
     out.mkdir(parents=True, exist_ok=True)
-    check = Check(out, args.seeds, problems_of(model.TINY / "test.jsonl").first(args.problems))
+    check = Check(out, args.seeds, problems_of(TINY / "test.jsonl").first(args.problems))
     base, to = check_base(check)
     names = [str(layer) for layer in sorted({*args.layers, LAST})] + ["all"]
     vectors = {name: [trained(out, name, seed) for seed in args.seeds] for name in names}

@@ -16,11 +16,11 @@ import tyro
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from check import trained  # noqa: E402
 
-import model  # noqa: E402
-from data.estimate import summary  # noqa: E402
-from data.problems import problems_of, recipe  # noqa: E402
-from data.runs import weights_digest  # noqa: E402
-from evaluate import Subject, answers  # noqa: E402
+from data.problems import problems_of  # noqa: E402
+from evaluate import answers, summary  # noqa: E402
+from model import Subject  # noqa: E402
+from plumbing.files import TINY, weights_digest  # noqa: E402
+from plumbing.settings import recipe  # noqa: E402
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -52,8 +52,8 @@ def draw(found: list[dict], path: Path) -> None:
 
 
 def main(args: Config) -> None:
-    out = Path(f"out/check-{weights_digest(model.TINY)}")  # the folder of check.py
-    subject, problems = Subject("tiny", device="cpu"), problems_of(model.TINY / "test.jsonl").first(args.problems)
+    out = Path(f"out/check-{weights_digest(TINY)}")  # the folder of check.py
+    subject, problems = Subject(name="tiny", device="cpu"), problems_of(TINY / "test.jsonl").first(args.problems)
     found, usual = [], recipe("tiny")["lr"]  # check.py has trained with that one
     for layer in args.layers:
         for lr in args.lrs:

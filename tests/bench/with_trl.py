@@ -25,10 +25,11 @@ import tyro
 from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
+from data.runs import lines_of, parse_layers  # noqa: E402
+
 import model  # noqa: E402
 import train  # noqa: E402
 from data.problems import problems_of  # noqa: E402
-from data.runs import lines_of, parse_layers  # noqa: E402
 from rewards import grade  # noqa: E402
 
 
