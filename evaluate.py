@@ -88,7 +88,7 @@ def answers(
     if done < n:
         rows, seeds = problems.rows[done:], model.prompt_seeds(seed, range(done, n))
         began = time.perf_counter()
-        rolled = subject.rollouts(vectors, rows, k, temperature, seeds, prefix, bar=bar)
+        rolled = subject.rollouts(vectors, rows, k, temperature=temperature, seed=seeds, prefix=prefix, bar=bar)
         seconds = time.perf_counter() - began
         by_row = {
             "correct": grade(rolled.texts, [row["answer"] for row in rows for _ in range(k)]),

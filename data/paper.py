@@ -102,7 +102,7 @@ def compose(who: str) -> tuple:
     for (i, j), pair in cells.items():
         if i < j:  # on the diagonal the table has the single vectors, where they are not lost
             single = max(cells.get((x, x), elsewhere[str(x)]["value"]) for x in (i, j))
-            share = {"open": True} if whole <= single else {"value": (pair - single) / (whole - single)}
+            share = {"unclear": True} if whole <= single else {"value": (pair - single) / (whole - single)}
             gains[f"{i}+{j}"] = {"cross": pair >= 0.99 * whole, "over_single": {"value": pair - single}, "share": share}
     place = "column 26 below row 3" if who.startswith("Qwen") else "column 30 below row 12"  # the notes in paper.json
     elsewhere = MODELS[who]["T = 1"][-1]

@@ -1,7 +1,7 @@
 """
 A run for other programs: what was trained, in four formats. Every file says what it is: model.py:metadata_of.
 
-$ python plumbing/export.py out/tiny-layer27 --to peft          # an adapter folder with a model card, for PeftModel and the hub
+$ python plumbing/export.py out/tiny-layer27 --to peft          # an adapter folder with a model card, for PeftModel
 $ python plumbing/export.py out/tiny-layer27 --to vllm          # a model folder for stock vLLM; the weights are links
 $ python plumbing/export.py out/tiny-layer27 --to gguf          # a control vector for llama.cpp, repeng and EasySteer
 $ python plumbing/export.py out/tiny-layer27 --to transformers  # prints the lines that add it to a Hugging Face model

@@ -390,7 +390,7 @@ def compose(found: dict) -> dict:
         grid, texts = [[None] * len(layers) for _ in layers], [[""] * len(layers) for _ in layers]
         for y, x in zip(*np.triu_indices(len(layers), 1)):
             gain = given.get(f"{layers[y]}+{layers[x]}")
-            lost = gain is None or gain[key].get("open")
+            lost = gain is None or gain[key].get("unclear")
             grid[y][x] = None if lost else scale * gain[key]["value"]
             texts[y][x] = "–" if gain is None else "×" if gain["cross"] else "?" if lost else ""
         panels.append(heat_panel(grid, layers, layers, -limit, limit, texts, thin=True, subtitle=title, **labels))
@@ -417,7 +417,7 @@ def transfer(found: dict) -> dict:
     donors, grid, texts, names = found["donors"], [], [], []
     for name, row in found["recipients"].items():
         shares = [row["shares"].get(donor) for donor in donors]
-        grid.append([share["value"] if share and not share.get("open") else None for share in shares])
+        grid.append([share["value"] if share and not share.get("unclear") else None for share in shares])
         raw = [f"{100 * row['accuracies'][donor]['value']:.1f} %" for donor in donors]
         texts.append([text if x is None else f"{x:.2f}\n{text}" for x, text in zip(grid[-1], raw)])
         names.append(f"{Path(name).name}\n(base {100 * row['accuracies']['base']['value']:.1f} %)")

@@ -20,11 +20,11 @@ import tyro
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parents[1] / "data" / "tiny")]
 import pretrain  # noqa: E402
 import world  # noqa: E402
-from data.estimate import markdown  # noqa: E402
-from data.runs import FAMILY, TINY, weights_digest  # noqa: E402
 
 import analyze  # noqa: E402
 import train  # noqa: E402
+from evaluate import markdown  # noqa: E402
+from plumbing.files import FAMILY, TINY, weights_digest  # noqa: E402
 
 pytestmark = pytest.mark.slow
 LAST, MIDDLE = "27", "14"

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import model  # noqa: E402
 import train  # noqa: E402
 from data.problems import problems_of  # noqa: E402
+from plumbing.files import TINY  # noqa: E402
 
 
 @dataclass
@@ -95,7 +96,7 @@ def main(args: Config) -> None:
         torch.set_num_threads(args.threads)
     llm, tokenizer = model.load(args.model)
     vectors = model.load_vectors(args.vectors, llm.config)[0] if args.vectors else {}
-    rows = problems_of(model.TINY / "test.jsonl").rows[: args.prompts]
+    rows = problems_of(TINY / "test.jsonl").rows[: args.prompts]
     prompts, stop = [model.prompt_ids(tokenizer, row["problem"]) for row in rows], model.stop_ids(llm, tokenizer)
     if args.growth:
         return growth(args, llm, prompts)

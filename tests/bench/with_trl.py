@@ -25,11 +25,14 @@ import tyro
 from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from data.runs import lines_of, parse_layers  # noqa: E402
-
 import model  # noqa: E402
 import train  # noqa: E402
 from data.problems import problems_of  # noqa: E402
+from plumbing.files import (
+    TINY,  # noqa: E402
+    lines_of,
+)
+from plumbing.settings import parse_layers  # noqa: E402
 from rewards import grade  # noqa: E402
 
 
@@ -51,7 +54,7 @@ def trl_steps(args: Config, trl, seed: int) -> list[dict]:
     from transformers import TrainerCallback
 
     llm, tokenizer = model.load("tiny", device="cpu")
-    rows = problems_of(model.TINY / "train.jsonl").rows
+    rows = problems_of(TINY / "train.jsonl").rows
     prompts = [model.prompt_ids(tokenizer, row["problem"]) for row in rows[:16]]
     layers = parse_layers(args.layer, llm.config.num_hidden_layers)
     rates = train.learning_rates(train.Config(lr=0.06), model.residual_rms(llm, prompts, layers), {})
