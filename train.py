@@ -238,7 +238,7 @@ def main(args: Config) -> None:
             right = grade_answers(rolled, batch)  # (N, k)
             rewards = rewards_of(args, step, batch, right, rolled)  # (N, k)
             advantages = rloo_advantages(rewards)  # (N, k)
-            total = sum(all_gather(sum(map(len, rolled.completions))))  # completion tokens, over all processes
+            total = sum(all_gather(sum(map(len, rolled.completions))))  # completion tokens of the whole step
             sums = accumulate_gradient(
                 subject.llm, trained.steering, rolled, advantages, args.temperature, args.micro_tokens, total,
                 args.weight_cap, recompute=args.model not in FAMILY,

@@ -121,12 +121,6 @@ def level(rows: list[tuple]) -> list[dict]:
     return [dict(label=label, y=100 * row["value"], colour=colour) for label, row, colour in rows if row is not None]
 
 
-def heat_panel(grid, rows, columns, low: float, high: float, texts=None, **rest) -> dict:
-    """A panel of the form heat; rows and columns are names, or numbers that become names."""
-    rows, columns = list(map(str, rows)), list(map(str, columns))
-    return dict(form="heat", grid=grid, rows=rows, columns=columns, low=low, high=high, texts=texts, **rest)
-
-
 def table_figure(found: dict, title: str, note: str = "") -> dict:
     head, rows = found["table"]
     size = (1.5 + 1.3 * len(head), 1.2 + 0.3 * len(rows))
@@ -136,15 +130,11 @@ def table_figure(found: dict, title: str, note: str = "") -> dict:
 # ---------------------------------------------------------------------------------------------------------------- forms
 
 
-def flats(ax, flat: list[dict]) -> None:
-    """Horizontal lines, see level."""
+def flats(ax, flat: list[dict], **where) -> None:
+    """Horizontal lines, see level, and the legend, if anything has a label."""
     for one in flat:
         style = "--" if one["label"].startswith("base") else "-"
         ax.axhline(one["y"], color=one["colour"], linestyle=style, lw=1.2, zorder=0, label=plain(one["label"]))
-
-
-def key(ax, **where) -> None:
-    """A legend, if anything has a label."""
     if any(ax.get_legend_handles_labels()[1]):
         ax.legend(frameon=False, fontsize=8, **where)
 
@@ -174,7 +164,6 @@ def lines(ax, series, flat=(), depth=None, names=None, log_y=False, whole_x=Fals
         ax.set_yscale("log")
     if whole_x:
         ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
-    key(ax)
 
 
 def dots(ax, series, ticks: dict, y: tuple, flat=(), log_x=False) -> None:
@@ -185,13 +174,12 @@ def dots(ax, series, ticks: dict, y: tuple, flat=(), log_x=False) -> None:
             error = [[value - low], [high - value]]
             ax.errorbar(x, value, error, fmt="o", ms=4, color=f"C{i}", mfc=fill, capsize=2, lw=1)
         ax.plot([], [], "o", ms=4, color=f"C{i}", label=one["label"])
-    flats(ax, flat)
+    flats(ax, flat, loc="center left", bbox_to_anchor=(1, 0.5))
     if log_x:
         ax.set_xscale("log")
         ax.minorticks_off()
     ax.set_xticks(list(ticks), list(ticks.values()), fontsize=7, rotation=45 * log_x)
     ax.set_ylim(*y)
-    key(ax, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def bars(ax, series, names, flat=()) -> None:
@@ -205,11 +193,10 @@ def bars(ax, series, names, flat=()) -> None:
         ax.bar(x, one["y"], width, yerr=error, capsize=2, color=one["colour"], label=plain(one["label"]) or None)
         for at, value, top in zip(x, one["y"], high):
             ax.text(at, top, f"{value:.1f}", ha="center", va="bottom", fontsize=7)
-    flats(ax, flat)
+    flats(ax, flat, loc="center left", bbox_to_anchor=(1, 0.5))  # beside the bars, which may stand anywhere
     ax.set_xticks(range(len(names)), [plain(name) for name in names], fontsize=8)
     ax.margins(y=0.15)  # room for the numbers
     ax.set_ylim(0, None)
-    key(ax, loc="center left", bbox_to_anchor=(1, 0.5))  # bars may stand anywhere
 
 
 def heat(ax, grid, rows, columns, low, high, texts=None, label="", thin=False) -> None:
@@ -222,7 +209,7 @@ def heat(ax, grid, rows, columns, low, high, texts=None, label="", thin=False) -
             ax.text(x, y, plain(text), ha="center", va="center", fontsize=6, color="white" if strong else "black")
     for axis, names in ((ax.yaxis, rows), (ax.xaxis, columns)):
         some = range(0, len(names), max(1, len(names) // 14) if thin else 1)
-        axis.set_ticks(list(some), [plain(names[i]) for i in some], fontsize=7)
+        axis.set_ticks(list(some), [plain(str(names[i])) for i in some], fontsize=7)
     beyond = np.nanmax(np.abs(values), initial=0) > high
     ax.figure.colorbar(image, ax=ax, label=label, extend="both" if beyond and low < 0 else "neither")
 
@@ -308,8 +295,8 @@ def lens(found: dict) -> dict:
     grid = [[cosine for _, _, cosine in row] for row in rows]
     texts = [[f"{quoted(token)}\n{x:.2f}" for token, _, x in row] for row in rows]
     low, high = min(0, *map(min, grid)), max(map(max, grid))
-    labels = dict(label="cosine with the unembedding row", xlabel="rank", ylabel=ylabel)
-    panel = heat_panel(grid, tables, range(1, columns + 1), low and -high, high, texts, **labels)
+    panel = dict(form="heat", grid=grid, rows=list(tables), columns=range(1, columns + 1), texts=texts)
+    panel |= dict(low=low and -high, high=high, label="cosine with the unembedding row", xlabel="rank", ylabel=ylabel)
     note = f"gain: the final norm's; 95 % of random directions stay below a cosine of {found['chance']:.2f}"
     return dict(title=title, panels=[panel], note=note, size=(9, 1.6 + 0.4 * len(tables)))
 
@@ -393,7 +380,8 @@ def compose(found: dict) -> dict:
             lost = gain is None or gain[key].get("unclear")
             grid[y][x] = None if lost else scale * gain[key]["value"]
             texts[y][x] = "–" if gain is None else "×" if gain["cross"] else "?" if lost else ""
-        panels.append(heat_panel(grid, layers, layers, -limit, limit, texts, thin=True, subtitle=title, **labels))
+        panel = dict(form="heat", grid=grid, rows=layers, columns=layers, low=-limit, high=limit, texts=texts)
+        panels.append(panel | dict(thin=True, subtitle=title, **labels))
     note = "×: 99 % of all layers or more; ?: all layers not clearly above the single; –: lost in the text of the PDF"
     size = (9, 4.3 * (1 + (len(panels) > 2)))
     return dict(title="Do vectors add up?", panels=panels, note=note, size=size, columns=2)
@@ -421,8 +409,8 @@ def transfer(found: dict) -> dict:
         raw = [f"{100 * row['accuracies'][donor]['value']:.1f} %" for donor in donors]
         texts.append([text if x is None else f"{x:.2f}\n{text}" for x, text in zip(grid[-1], raw)])
         names.append(f"{Path(name).name}\n(base {100 * row['accuracies']['base']['value']:.1f} %)")
-    labels = dict(label="share of the\nown vectors' gain", xlabel="vectors of", ylabel="recipient")
-    panel = heat_panel(grid, names, donors, -1, 1, texts, **labels)
+    panel = dict(form="heat", grid=grid, rows=names, columns=donors, low=-1, high=1, texts=texts)
+    panel |= dict(label="share of the\nown vectors' gain", xlabel="vectors of", ylabel="recipient")
     note = "white without a share: the recipient's own gain is missing or not clearly above 0"
     size = (4.5 + 1.3 * len(donors), 1.6 + 0.6 * len(names))
     return dict(title="Do vectors work in other models?", panels=[panel], note=note, size=size)
@@ -448,8 +436,9 @@ def persistence(found: dict) -> dict:
 
 def similarity(found: dict) -> dict:
     layers, low = found["layers"], min(map(min, found["cosine"]))
-    labels = dict(label="cosine of mean shifts", xlabel="layer of the vector (0-based)", ylabel="layer of the vector")
-    panel = heat_panel(found["cosine"], layers, layers, -1 if low < 0 else 0, 1, thin=True, **labels)
+    panel = dict(form="heat", grid=found["cosine"], rows=layers, columns=layers, low=-1 if low < 0 else 0, high=1)
+    panel |= dict(thin=True, label="cosine of mean shifts")
+    panel |= dict(xlabel="layer of the vector (0-based)", ylabel="layer of the vector")
     note = f"at the last block's output; smallest cosine {low:.2f}"
     return dict(title="Do shifts from all layers end up alike?", panels=[panel], note=note, size=(5.6, 4.6))
 
@@ -493,8 +482,8 @@ def patch(found: dict) -> dict:
 def attention(found: dict) -> dict:
     grid = [[x if x > 0 else None for x in row] for row in zip(*found["by_head"]["steered"])]  # [head][layer]
     high = max([x for row in grid for x in row if x] or [1.0])
-    labels = dict(label="KL (nats)", xlabel="layer (0-based); white: exactly 0", ylabel="query head")
-    top = heat_panel(grid, range(len(grid)), range(found["depth"]), 0, high, thin=True, **labels)
+    top = dict(form="heat", grid=grid, rows=range(len(grid)), columns=range(found["depth"]), low=0, high=high)
+    top |= dict(thin=True, label="KL (nats)", xlabel="layer (0-based); white: exactly 0", ylabel="query head")
     series, kinds = [], [("steered", "the vector", "tab:blue"), ("random", "random vector of equal norm", "tab:brown")]
     for name, label, colour in [*kinds, ("floor", "floor: another dtype", "grey")]:
         seen = {l: x for l, x in enumerate(found["by_layer"][name]) if x["value"] > 0}

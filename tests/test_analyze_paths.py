@@ -425,7 +425,7 @@ def test_accuracies_under_conditions_have_the_papers_protocol(tokenizer, tmp_pat
         first = k if seed == 3 else 0  # all right with one seed, none with the other
         texts = [
             rf"\boxed{{{row['answer'] if j < first else 'no'}}}"
-            for row in rows
+            for row in lab.sets[0].rows[: len(rows)]
             for j in range(k)
         ]
         return model.Rollouts([], [], [], texts, None)
