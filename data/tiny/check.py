@@ -97,12 +97,6 @@ class Check:
     seeds: tuple[int, ...]
     problems: Problems
     subject: Subject = field(default_factory=lambda: Subject(name="tiny", device="cpu"))
-    report: dict = field(default_factory=dict)  # check.json
-    table: list[str] = field(
-        default_factory=lambda: ["| what | measured | 95 % interval | wanted | met |", "|---" * 5 + "|"]
-    )
-=======
-    subject: Subject = field(default_factory=lambda: Subject(name="tiny", device="cpu"))
     report: dict = field(default_factory=dict)
     table: str = "| what | measured | 95 % interval | wanted | met |\n" + "|---" * 5 + "|\n"
 
@@ -197,23 +191,6 @@ def check_rates(check: Check, layers: list[str], rates: tuple[float, ...]) -> No
 
 
 def main(args: Config) -> None:
-    if not any(4 <= layer <= 24 for layer in args.layers):
-        sys.exit(f"--layers wants a middle layer, from 4 to 24; got {args.layers}")
-    out = args.out or Path(f"out/check-{weights_digest(TINY)}")  # vectors of other weights are no use here
-    out.mkdir(parents=True, exist_ok=True)
-    check = Check(out, args.seeds, problems_of(TINY / "test.jsonl").first(args.problems))
-    base, to = check_base(check)
-    names = [str(layer) for layer in sorted({*args.layers, LAST})] + ["all"]
-    vectors = {name: [trained(out, name, seed) for seed in args.seeds] for name in names}
-    curves = {name: reward_curve(out, name, args.seeds) for name in names}
-    draw({"all layers" if name == "all" else f"layer {name}": curves[name] for name in names}, out / "curves.png")
-    middle = check_layers(check, vectors, base, to)
-    check_lens(check, vectors[str(LAST)])
-    check_controls(check, middle, vectors[middle], base)
-    (out / "check.json").write_text(json.dumps(check.report, indent=1) + "\n")
-    (out / "check.md").write_text("\n".join(check.table) + "\n")
-    print("\n" + "\n".join(check.table) + f"\n\nwrote {out}/check.json, check.md and curves.png")
-=======
     if not args.lrs and not any(4 <= layer <= 24 for layer in args.layers):
         sys.exit(f"--layers needs a middle layer, from 4 to 24; got {args.layers}")
     out = args.out or Path(f"out/check-{weights_digest(TINY)}")  # vectors of other weights are of no use
