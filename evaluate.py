@@ -82,7 +82,7 @@ class Subject:
 
     def __post_init__(self):
         self.config = model.load_config(self.name)
-        self.device, self.dtype = model.resolve(self.device, self.dtype)
+        self.device, self.dtype = model.resolve(self.device, self.dtype, self.config)
         self.context = min(self.context or 32768, self.config.max_position_embeddings)
         if self.max_tokens is None and self.name in model.FAMILY:
             self.max_tokens = 80

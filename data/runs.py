@@ -232,7 +232,7 @@ def check_folder(folder: Path, settings: dict, resume: bool) -> None:
         sys.exit(f"--resume: no run to go on with in {folder}; {ways}")
     # these change no number that was already computed
     free = ["steps", "eval_problems", "held_out", "device", "sampler", "vllm_memory", "tensor_parallel", "rows"]
-    free += ["micro_tokens", "eval_every", "keep_every", "reuse", "out", "resume"]
+    free += ["micro_tokens", "eval_every", "keep_every", "recompute", "read_once", "reuse", "out", "resume"]
     saved = config_of(folder)
     for name, value in json.loads(json.dumps(settings)).items():  # as the file has them: lists, not tuples
         if name not in free and saved.get(name) != value:
