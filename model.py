@@ -19,7 +19,7 @@ V vocabulary, F width inside the MLP, r rank of a LoRA.
 import re
 import sys
 import zlib
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
 from functools import cached_property, partial
 from importlib.util import find_spec
@@ -29,6 +29,7 @@ from typing import Literal, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -37,8 +38,8 @@ from transformers.cache_utils import DynamicCache
 from transformers.utils import logging
 
 from data.problems import prompt_ids
-from plumbing import fast
-from plumbing.fast import batches  # noqa: F401
+from plumbing import fast, memory
+from plumbing.fast import batches
 from plumbing.files import FAMILY, base_checksum, source_of, written
 from plumbing.settings import Usual
 from plumbing.vllm import VLLM, VLLM_MODELS
@@ -52,7 +53,7 @@ def load(name: str = "tiny", device: str = "auto", dtype: str = "auto"):
 
     name: "tiny" (the embedded model), a relative of it (FAMILY), a folder in the Hugging Face format, or a hub id.
     """
-    device, dtype = resolve(device, dtype)
+    device, dtype = resolve(device, dtype, load_config(name))
     source = source_of(name)
     logging.disable_progress_bar()  # one bar for every few tensors loaded hides what the program prints
     try:
@@ -76,15 +77,24 @@ def load_config(name: str):
         sys.exit(cannot_load(name, error))
 
 
-def resolve(device: str, dtype: str) -> tuple[str, str]:
-    """What "auto" stands for: CUDA if there is one; bfloat16 there, float32 on a CPU."""
+def resolve(device: str, dtype: str, config) -> tuple[str, str]:
+    """
+    What "auto" stands for: CUDA if there is one, and bfloat16 there. config: of the model.
+
+    On a CPU the checkpoint's own where the processor multiplies bfloat16 (two to four times faster), else float32.
+    """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if dtype == "auto":
-        dtype = "float32" if device == "cpu" else "bfloat16"
+        dtype = "bfloat16" if device != "cpu" or config.dtype == torch.bfloat16 and native_bfloat16() else "float32"
     if dtype not in ("float32", "bfloat16", "float16"):
         sys.exit(f"--dtype wants auto, float32, bfloat16 or float16, got {dtype!r}")
     return device, dtype
+
+
+def native_bfloat16() -> bool:
+    """Whether this CPU has instructions for products of bfloat16 numbers (avx512_bf16, amx_bf16, those of ARM)."""
+    return any(there for name, there in torch.cpu.get_capabilities().items() if name.endswith("bf16"))
 
 
 def cannot_load(name: str, error: Exception) -> str:
@@ -271,7 +281,7 @@ def sample(
     temperature: 0 decodes greedily, token for token as `generate`.
     seed: one number, or one for each prompt. A prompt's answers depend on its own seed alone, not on the batch it is
     in (up to rounding).
-    max_rows: rows decoded at once, fewer if a GPU's memory is short, but all k of a prompt.
+    max_rows: rows decoded at once, fewer if memory is short, but all k of a prompt.
     Returns N*k completions as token ids, prompt by prompt, and for each whether it ended by itself.
     keep: a layer; a third list has the states that enter it, for every completion those of its prompt (P, D) and of its
     tokens but the last (C - 1, D).
@@ -280,11 +290,9 @@ def sample(
     limits = max_tokens if isinstance(max_tokens, list) else [max_tokens] * len(prompts)
     seeds = seed if isinstance(seed, list) else prompt_seeds(seed, range(len(prompts)))
     assert temperature >= 0 and k >= 1 and min(limits) >= 1, (temperature, k, min(limits))
-    if llm.device.type == "cuda":  # keys and values of a row, should its answer be as long as it may
-        c, T = llm.config.get_text_config(), max(map(len, prompts)) + max(limits)
-        size = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-        row = 2 * c.num_hidden_layers * c.num_key_value_heads * size * llm.dtype.itemsize * T
-        max_rows = min(max_rows, int(0.7 * torch.cuda.mem_get_info(llm.device)[0] / row))
+    row = memory.cache_bytes(llm.config, 4 if llm.device.type == "cpu" else llm.dtype.itemsize)  # of a token
+    row *= max(map(len, prompts)) + max(limits)  # should its answer be as long as it may
+    max_rows = min(max_rows, int(0.7 * memory.free(llm.device) / row))
     completions, states, entering, n = [], [], [], max(1, max_rows // k)  # entering: in each forward pass of a batch
     see = [] if keep is None else [(decoder_layers(llm)[keep], lambda module, args, output: entering.append(args[0]))]
     try:
@@ -306,50 +314,42 @@ def _decode(llm, prompts, k, limits, stop, temperature, seeds):
     device, B, P, C = llm.device, len(prompts) * k, max(map(len, prompts)), max(limits)
     ids, mask, positions = fast.left_padded(prompts, device)
     # a uniform number for every token to come, (C, B); time first, so that a longer limit leaves the first ones alone
-    noise = [torch.rand(C, k, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    noise = torch.cat(noise, 1).to(device)
+    noise = torch.cat([uniform(seed, C, k) for seed in seeds], 1).to(device)
     cache = DynamicCache()  # without the config, so that sliding-window layers too keep every position
 
-    def forward(ids, mask, positions, **how):  # (rows, new tokens), ... -> (rows, V)
-        return llm(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,  # never (N, P, V)
-            **how,
-        ).logits[:, -1]
+    def forward(ids, mask, positions):  # (rows, new tokens), ... -> (rows, V)
+        how = dict(attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
+        h = llm.get_decoder()(input_ids=ids, **how).last_hidden_state[:, -1]  # never (N, P, V)
+        return logits(llm, h, dtype=None)
 
     llm.answer_positions = torch.arange(P, device=device).expand(ids.shape) == P - 1  # for "@answer", here and below
-    logits = forward(ids, mask, positions).repeat_interleave(k, 0)
+    scores = forward(ids, mask, positions).repeat_interleave(k, 0)
     llm.answer_positions = torch.ones(1, 1, device=device)
     length = mask.sum(1, keepdim=True).repeat_interleave(k, 0)  # (B, 1) of the row's prompt
-    how, known = {}, llm.config.model_type in SITES_OF and llm.config._attn_implementation == "sdpa"
-    # measured on a CPU, in float32; elsewhere the model has its own attention, and a copy of the prompt for every row
-    if known and llm.device.type == "cpu" and llm.dtype.itemsize >= 4:
+    shared = fast.plain(llm, cache) and fast.takes_attention(llm)
+    if shared:
         cache = fast.AnswerCache(cache, mask, k)
-        how["attend"] = cache.attend
-    else:
+    else:  # a copy of the prompt for every row
         cache.batch_repeat_interleave(k)
     mask = torch.cat([mask.repeat_interleave(k, 0), mask.new_ones(B, C)], 1)  # (B, P + C)
     limit = torch.tensor(limits, device=device).repeat_interleave(k)
     ends = torch.tensor(stop, dtype=torch.long, device=device)
     tokens = torch.zeros(B, C, dtype=torch.long, device=device)
     going = torch.ones(B, dtype=torch.bool, device=device)  # neither ended nor at its limit
-    rows, fed = torch.arange(B, device=device), []  # those still in the batch; in every forward pass
-    for t in range(C):
-        tokens[rows, t] = token = pick(logits, temperature, noise[t, rows])
-        going[rows] &= ~torch.isin(token, ends) & (t + 1 < limit[rows])
-        alive = going[rows].nonzero().flatten()
-        if len(alive) == 0:
-            break
-        if len(alive) < 0.75 * len(rows):  # moving the cache costs about a step, so not for every row that ends
-            cache.batch_select_indices(alive)
-            rows = rows[alive]
-        fed.append(rows)
-        seen = fast.NO_MASK if how else mask[rows, : P + t + 1]
-        logits = forward(tokens[rows, t : t + 1], seen, length[rows] + t, **how)
+    rows, fed, idle = torch.arange(B, device=device), [], 0  # those still in the batch; in every forward pass
+    with fast.attending(llm, cache) if shared else nullcontext():
+        for t in range(C):
+            tokens[rows, t] = token = pick(scores, temperature, noise[t, rows])
+            going[rows] &= ~torch.isin(token, ends) & (t + 1 < limit[rows])
+            alive = going[rows].nonzero().flatten()
+            if len(alive) == 0:
+                break
+            idle += len(rows) - len(alive)  # rows that were run for nothing, since the last time that any left
+            if idle > MOVING * len(rows):
+                cache.batch_select_indices(alive)
+                rows, idle = rows[alive], 0
+            fed.append(rows)
+            scores = forward(tokens[rows, t : t + 1], None if shared else mask[rows, : P + t + 1], length[rows] + t)
     completions = []
     for row, n in zip(tokens.tolist(), limit.tolist()):
         last = next((t for t in range(n) if row[t] in stop), n - 1)
@@ -357,20 +357,39 @@ def _decode(llm, prompts, k, limits, stop, temperature, seeds):
     return completions, fed
 
 
-def pick(logits: torch.Tensor, temperature: float, noise: torch.Tensor | None = None) -> torch.Tensor:
+MOVING = 0.25  # what it costs to move the cache together, in forward passes: rows that ended stay until they cost that
+
+
+def uniform(seed: int, *shape: int) -> torch.Tensor:
+    """Uniform numbers in [0, 1) of 48 random bits, float64: from float32's 24 bits rare tokens get none or too many."""
+    high, low = (torch.rand(shape, generator=torch.Generator().manual_seed(s)) for s in (seed, seed ^ 0x5A5A5A5A))
+    return high.double() + low.double() * 2**-24
+
+
+@torch.no_grad()
+def pick(logits: torch.Tensor, temperature: float, noise: torch.Tensor | None = None, width=512) -> torch.Tensor:
     """
     Draw a token a row from softmax(logits / temperature), the argmax at temperature 0. (B, V) -> (B,)
 
     noise: (B,), uniform in [0, 1): the token where the cumulative probability passes it.
+    The sums are float64: in float32, over 152k tokens, they pass many tokens by. First over blocks of `width` tokens,
+    then inside the one that is found, which takes a fifth of the time of one sum over all.
     """
     if temperature == 0:
         return logits.argmax(-1)
-    up_to = (logits.float() / temperature).softmax(-1).cumsum(-1)  # (B, V); the last entry is 1 but for rounding
-    token = torch.searchsorted(up_to, noise[:, None] * up_to[:, -1:], right=True)
-    return token.flatten().clamp(max=logits.shape[-1] - 1)
-
-
-KEPT_BYTES = 4 << 30  # of states: tokens x width x bytes of a number. 7B, 128 x 16 answers of 1,000 tokens: 15e9
+    found, V = [], logits.shape[-1]
+    for x, u in zip(logits.split(8), noise.double().split(8)):  # a few rows at a time stay in the processor's cache
+        p = x.new_zeros(len(x), -(-V // width) * width, dtype=torch.float32)
+        torch.exp((x.float() - x.amax(-1, keepdim=True)) / temperature, out=p[:, :V])
+        p = p.unflatten(-1, (-1, width))  # (rows, blocks, width), up to a factor
+        up_to = p.sum(-1, dtype=torch.float64).cumsum(-1)
+        u = u[:, None] * up_to[:, -1:]
+        block = torch.searchsorted(up_to, u, right=True).clamp(max=up_to.shape[1] - 1)
+        u = u - pad(up_to, (1, 0)).gather(1, block)  # what is left of it inside the block
+        inside = p[torch.arange(len(p)), block[:, 0]].cumsum(-1, dtype=torch.float64)
+        u = torch.minimum(u, inside[:, -1:] * (1 - 2**-52))  # rounding: never beyond the last possible token
+        found.append(block * width + torch.searchsorted(inside, u, right=True))
+    return torch.cat(found).flatten()
 
 
 class Rollouts(NamedTuple):
@@ -405,26 +424,29 @@ def read(llm, prompts: list[list[int]], completions: list[list[int]]) -> tuple[t
     return llm.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state, before
 
 
-def logits(llm, h: torch.Tensor, exact=False, rows=16384) -> torch.Tensor:
+def logits(llm, h: torch.Tensor, exact=False, rows=16384, dtype=torch.float32) -> torch.Tensor:
     """
     The logits of states after the final norm: h (..., D) -> (..., V), fp32, since sums over many tokens follow.
 
     exact: an fp32 product, too, so that of two bf16 states the small difference stays; `rows` of the head at a time
     are fp32, never all of it. Without it the product has the model's own dtype, as the sampler's has: training wants
-    the log-probs of the distribution that was sampled from.
+    the log-probs of the distribution that was sampled from. dtype: None for the model's own.
     """
     head, cap = llm.get_output_embeddings(), getattr(llm.config, "final_logit_softcapping", None)  # cap: Gemma 2
     assert head.bias is None, "an output layer with a bias is not supported"
     scaled = [name for name in ("logits_scaling", "logit_scale") if getattr(llm.config, name, None) is not None]
     assert not scaled, f"models with {scaled} are not supported"
+    shape, h = h.shape[:-1], h.reshape(-1, h.shape[-1]).contiguous()  # else torch copies a frozen head for every prompt
     if exact:
         x = torch.cat([h.float() @ part.float().T for part in head.weight.split(rows)], -1)
     else:
-        x = (h @ head.weight.T).float()
-    return x if cap is None else cap * torch.tanh(x / cap)
+        x = h @ head.weight.T
+        x = x if dtype is None else x.to(dtype)
+    x = x if cap is None else cap * torch.tanh(x / cap)
+    return x.view(*shape, -1)
 
 
-def token_logps(llm, prompts: list, completions: list, temperature=1.0, chunk=1024, share=False, states=None):
+def token_logps(llm, prompts: list, completions: list, temperature=1.0, chunk=None, share=False, states=None):
     """
     log pi(y_t | x, y_<t) in nats of every completion token, as the sampler at this temperature draws it.
 
@@ -432,8 +454,7 @@ def token_logps(llm, prompts: list, completions: list, temperature=1.0, chunk=10
     lengths, so the stop token counts. logps is 0 elsewhere.
     Differentiable with respect to vectors of an enclosing `steer`.
     share: read a prompt once for all of its rows. states: (layer, what `sample` kept of every row), to start there.
-    The head runs on completion positions only, `chunk` at a time, and again in the backward pass: neither (B, T, V)
-    nor (B, C, V) ever exists.
+    The head runs on completion positions only, `chunk` at a time: neither (B, T, V) nor (B, C, V) ever exists.
     """
     layer, kept = states or (0, None)
     if share:
@@ -444,15 +465,45 @@ def token_logps(llm, prompts: list, completions: list, temperature=1.0, chunk=10
             h, before = read(llm, prompts, completions)
         h = h[before]
     target = torch.tensor([token for c in completions for token in c], device=h.device)
+    head = llm.get_output_embeddings().weight
 
     def score(x, y):  # (chunk, D), (chunk,) -> (chunk,)
         return (logits(llm, x) / temperature).log_softmax(-1).gather(-1, y[:, None]).squeeze(-1)
 
-    parts = zip(h.split(chunk), target.split(chunk))
-    logps = torch.cat([checkpoint(score, x, y, use_reentrant=False) for x, y in parts])
+    chunk, logps = chunk or memory.head_rows(len(head)), []
+    for x, y in zip(h.split(chunk), target.split(chunk)):
+        if head.requires_grad:  # its own gradient needs the logits again
+            logps.append(checkpoint(score, x, y, use_reentrant=False))
+        elif torch.is_grad_enabled() and x.requires_grad:
+            logps.append(fast.ChosenLogps.apply(x, partial(score, y=y)))
+        else:
+            logps.append(score(x, y))
     lengths = torch.tensor([len(c) for c in completions], device=h.device)
     mask = torch.arange(lengths.max(), device=h.device) < lengths[:, None]
-    return torch.zeros(mask.shape, device=h.device).masked_scatter(mask, logps), mask
+    return torch.zeros(mask.shape, device=h.device).masked_scatter(mask, torch.cat(logps)), mask
+
+
+def micro_batches(
+    llm, vectors: dict, rolled: Rollouts, rows: list[int], budget: int, temperature=1.0,
+    recompute="auto", read_once="auto",
+):  # fmt: skip
+    """
+    The log-probs of answers under these vectors, a micro-batch at a time: (numbers of its rows, logps, mask).
+
+    rows: those to run, of all in `rolled`; the longest come first. budget: tokens of a micro-batch, at most.
+    recompute, read_once: see memory.plan. logps, mask: see token_logps.
+    Run the backward pass before the next one is taken: until then the model has the vectors, and its memory is needed.
+    """
+    lowest, lengths = lowest_trained(vectors), [(len(rolled.prompts[i]), len(rolled.completions[i])) for i in rows]
+    share, recompute, budget = memory.plan(llm, lowest, lengths, budget, recompute, read_once)
+    prompts = [rolled.prompts[i] for i in rows] if share else None
+    blocks = decoder_layers(llm)[lowest + 1 :] if recompute else []  # in those below autograd stores nothing
+    with steer(llm, vectors), fast.recomputed(blocks):
+        for batch in batches([c if share else p + c for p, c in lengths], budget, prompts):
+            batch = [rows[j] for j in batch]
+            states = None if rolled.states is None else (lowest, [rolled.states[i] for i in batch])
+            texts = [rolled.prompts[i] for i in batch], [rolled.completions[i] for i in batch]
+            yield batch, *token_logps(llm, *texts, temperature, share=share, states=states)
 
 
 # --------------------------------------------------------------------------------------------------- how it is asked
@@ -484,7 +535,7 @@ class Subject(Asking):
 
     def __post_init__(self):
         self.config = load_config(self.name)
-        self.device, self.dtype = resolve(self.device, self.dtype)
+        self.device, self.dtype = resolve(self.device, self.dtype, self.config)
         self.context = min(self.context or 32768, self.config.max_position_embeddings)  # 32K: the papers'
         if self.max_tokens is None and self.name in FAMILY:
             self.max_tokens = 80
@@ -569,8 +620,7 @@ class Subject(Asking):
         k answers to each problem, of the model with these vectors, {} for the base: by `sample` or by vLLM.
 
         seed: as for `sample`. prefix: text that every answer is made to begin with. context: of these answers, default
-        the subject's; it and max_tokens, of the answer alone, both count. keep: see `sample`; states that may need more
-        than KEPT_BYTES are not kept.
+        the subject's; it and max_tokens, of the answer alone, both count. keep: see `sample`.
         """
         if not rows:  # of several processes, some may have none
             return Rollouts([], [], [], [], None)
@@ -583,13 +633,11 @@ class Subject(Asking):
         limits = [min(self.max_tokens or context, context - len(p)) for p in prompts]
         seeds = seed if isinstance(seed, list) else prompt_seeds(seed, range(len(prompts)))
         stop, logps, states = stop_ids(llm, self.tokenizer), None, []
-        tokens = sum(len(p) + k * limit for p, limit in zip(prompts, limits))
-        fits = tokens * llm.config.hidden_size * llm.dtype.itemsize <= KEPT_BYTES
         if engine is not None:
             tensors = engine_tensors(vectors)
             completions, ended, logps = engine.sample(tensors, prompts, k, limits, stop, temperature, seeds, bar)
         else:
-            how = temperature, seeds, self.rows, bar, keep if fits else None
+            how = temperature, seeds, self.rows, bar, keep
             with steer(llm, vectors):
                 completions, ended, *states = sample(llm, prompts, k, limits, stop, *how)
         texts = [prefix + text for text in self.tokenizer.batch_decode(completions, skip_special_tokens=True)]

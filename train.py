@@ -24,9 +24,7 @@ plumbing/processes.py. A few trained numbers: plumbing/few.py.
 import math
 import random
 import sys
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -35,14 +33,13 @@ import tyro
 from torch import nn
 from torch.nn.functional import normalize
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import model
 from data.problems import MATH_PROMPT, Problems, problems_of
 from evaluate import compare_with_base
 from model import Subject
-from plumbing import processes, settings
+from plumbing import memory, processes, settings
 from plumbing.few import Few
 from plumbing.figures import plot_reward
 from plumbing.files import FAMILY, append, config_of, lines_of
@@ -80,7 +77,9 @@ class Config(model.Asking):
     temperature: float = 1.0            # of the sampler, and of the logits in training (paper: 1)
     reward: Literal["verify", "sign", "random"] = "verify"  # 1 or 0 by Math-Verify; 1 or -1 (authors); a coin
     weight_cap: float = 2.0             # cap on pi/mu per token sampled by vLLM; 0 turns the correction off
-    reuse: bool = True                  # reuse the states that sampling computed below the vector, if memory allows
+    recompute: Literal["auto", "yes", "no"] = "auto"  # run layers again in the backward pass; auto: if memory is short
+    read_once: Literal["auto", "yes", "no"] = "auto"  # read a prompt once for its k answers; auto: unless recomputed
+    reuse: Literal["auto", "yes", "no"] = "auto"  # start from the states that sampling computed; auto: if memory allows
     micro_tokens: Usual[int] = None     # tokens of a training forward pass, padded: 4096; 16384
     eval_problems: int = 400            # held-out problems for the comparison at the end; 0: none
     eval_every: Usual[int] = None       # measure on them every so many steps, too: a point on the reward curve
@@ -146,68 +145,34 @@ def compare(sums: dict, logps: torch.Tensor, others: torch.Tensor, mask: torch.T
 
 @timed("gradient")
 def accumulate_gradient(
-    llm, vectors, rolled: model.Rollouts, advantages, temperature, budget, total_tokens=None, cap=2.0, recompute=False
+    llm, vectors, rolled: model.Rollouts, advantages, temperature, budget, total_tokens=None, cap=2.0, **how
 ) -> dict[str, float]:
     """
     Add d loss / d s_l to the .grad of every vector that requires it. Rows with A = 0 add nothing and are not run.
 
     advantages: (N, k) or (B,). budget: tokens of a micro-batch. total_tokens: completion tokens over all processes
-    (default: this process's). cap: of the importance weights, if the sampler gave log-probs (0: none). recompute: see
-    checkpointed. Returns sums over the trained tokens: loss, tokens, nats (-log pi); off, the |difference| to the
-    sampler's log-probs or, with its states, to those without them, over `compared` tokens; off_max; clipped (weights).
+    (default: this process's). cap: of the importance weights, if the sampler gave log-probs (0: none). how: recompute
+    and read_once, see model.micro_batches. Returns sums over the trained tokens: loss, tokens, nats (-log pi), clipped
+    (weights); off, the |difference| to the sampler's log-probs over `compared` tokens, and off_max.
     """
     advantages, total = advantages.flatten(), total_tokens or sum(map(len, rolled.completions))
     rows = advantages.nonzero().flatten().tolist()
-    prompts, share = [rolled.prompts[i] for i in rows], not recompute  # a layer computed again fills a cache twice
-    lengths = [len(rolled.completions[i]) + (0 if share else len(rolled.prompts[i])) for i in rows]
     sums = dict.fromkeys(["loss", "tokens", "nats", "compared", "off", "off_max", "clipped"], 0.0)
-    lowest, states = model.lowest_trained(vectors), None
-    with model.steer(llm, vectors), checkpointed(llm, lowest if recompute else None):
-        for batch in model.batches(lengths, budget, prompts if share else None):
-            batch = [rows[j] for j in batch]
-            texts = [rolled.prompts[i] for i in batch], [rolled.completions[i] for i in batch]
-            if rolled.states is not None:
-                states = lowest, [rolled.states[i] for i in batch]
-            logps, mask = model.token_logps(llm, *texts, temperature, share=share, states=states)
-            weights = None
-            if rolled.logps is not None:
-                sampled = [torch.tensor(rolled.logps[i], device=logps.device) for i in batch]
-                sampled = pad_sequence(sampled, batch_first=True)
-                compare(sums, logps, sampled, mask)
-                if cap:
-                    weights = importance_weights(logps, sampled, cap)
-                    sums["clipped"] += (weights[mask] >= cap).sum().item()
-            loss = rloo_loss(logps, mask, advantages[batch].to(logps.device), total, weights)
-            loss.backward()
-            sums["loss"] += loss.item()
-            sums["tokens"] += mask.sum().item()
-            sums["nats"] -= logps.sum().item()
-        if states is not None:  # a few rows of the last batch, its longest, without them
-            few = slice(4)
-            with torch.no_grad():
-                again, there = model.token_logps(llm, *(x[few] for x in texts), temperature)
-            C = there.shape[1]  # the longest answer of these few
-            compare(sums, logps[few, :C], again, there)
+    for batch, logps, mask in model.micro_batches(llm, vectors, rolled, rows, budget, temperature, **how):
+        weights = None
+        if rolled.logps is not None:
+            sampled = [torch.tensor(rolled.logps[i], device=logps.device) for i in batch]
+            sampled = pad_sequence(sampled, batch_first=True)
+            compare(sums, logps, sampled, mask)
+            if cap:
+                weights = importance_weights(logps, sampled, cap)
+                sums["clipped"] += (weights[mask] >= cap).sum().item()
+        loss = rloo_loss(logps, mask, advantages[batch].to(logps.device), total, weights)
+        loss.backward()
+        sums["loss"] += loss.item()
+        sums["tokens"] += mask.sum().item()
+        sums["nats"] -= logps.sum().item()
     return sums
-
-
-@contextmanager
-def checkpointed(llm, above: int | None):
-    """
-    Inside the context, layers above `above` keep only their input for the backward pass and are computed again there.
-
-    Memory for the activations of one layer instead of all; costs a second forward pass of those layers. None: no layer.
-    Not reentrant: the reentrant kind drops gradients where no input needs one, and here a layer's only trainable part
-    is in a hook. Layers up to `above`, the lowest one with a vector, need nothing: autograd stores nothing there.
-    """
-    blocks = [] if above is None else model.decoder_layers(llm)[above + 1 :]
-    for block in blocks:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-    try:
-        yield
-    finally:
-        for block in blocks:
-            del block.forward  # the class's own is visible again
 
 
 # ------------------------------------------------------------------------------------------------------------ the loop
@@ -241,7 +206,7 @@ def main(args: Config) -> None:
             total = sum(all_gather(sum(map(len, rolled.completions))))  # completion tokens of the whole step
             sums = accumulate_gradient(
                 subject.llm, trained.steering, rolled, advantages, args.temperature, args.micro_tokens, total,
-                args.weight_cap, recompute=args.model not in FAMILY,
+                args.weight_cap, recompute=args.recompute, read_once=args.read_once,
             )  # fmt: skip
             sums |= held_out_accuracy(run, trained.steering, step)  # with --eval-every, of the model that sampled
             sums["norm"] = update(trained, adam, args.clip, (step + 1) / args.warmup)
@@ -266,9 +231,11 @@ def batch_of_problems(rows: list[dict], n: int, step: int, seed: int) -> list[di
 
 def how_to_sample(run: Run, trained, step: int) -> dict:
     """The settings of a step's rollouts. Every prompt has a seed of its own, a function of (seed, step)."""
-    args, lowest = run.args, model.lowest_trained(trained.steering)
+    args, llm, lowest = run.args, run.subject.llm, model.lowest_trained(trained.steering)
     seeds = shard(model.prompt_seeds(args.seed * 1_000_003 + step, range(args.prompts)))
-    keep = lowest if args.reuse and lowest > 0 else None
+    size = memory.state_bytes(llm.config, llm.dtype.itemsize, len(seeds) * args.samples * args.context)
+    fits = size < memory.free(args.device) // 4
+    keep = lowest if lowest > 0 and (args.reuse == "yes" or (args.reuse == "auto" and fits)) else None
     return dict(temperature=args.temperature, seed=seeds, context=args.context, keep=keep)
 
 

@@ -232,7 +232,7 @@ def check_folder(folder: Path, settings: dict, resume: bool) -> None:
         ways = "start one without --resume, or name its folder with --out"
         sys.exit(f"--resume: no run to go on with in {folder}; {ways}")
     free = (*CHANGE_NO_NUMBER, "steps", "held_out", "eval_problems", "eval_every", "keep_every", "resume")
-    free += ("micro_tokens", "reuse")
+    free += ("micro_tokens", "recompute", "read_once", "reuse")
     saved = config_of(folder)
     for name, value in json.loads(json.dumps(settings)).items():  # as the file has them: lists, not tuples
         if name not in free and saved.get(name) != value:

@@ -110,7 +110,7 @@ def main(args: Config) -> None:
         else:
             vectors = {layer: torch.zeros(width, device=args.device, requires_grad=True)}
             seconds, memory = measure(lambda vectors=vectors: train.accumulate_gradient(
-                llm, vectors, rolled, advantages, 1.0, args.micro_tokens, recompute=True
+                llm, vectors, rolled, advantages, 1.0, args.micro_tokens, recompute="yes"
             ))  # fmt: skip
         share = operations(llm, prompts, completions, layer) / seconds / args.peak
         name = "forward" if layer is None else f"layer {layer}"
