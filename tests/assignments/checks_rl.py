@@ -3,8 +3,8 @@
 import math
 
 import torch
-from assignments_grade import Exercise
 from conftest import random_llm
+from judge import Exercise
 
 from model import Rollouts
 

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from assignments_grade import Exercise
-from assignments_rl import drawn, texts
+from checks_rl import drawn, texts
 from conftest import random_llm
+from judge import Exercise
 
 # -------------------------------------------------------------------------------------------------------- 3.1 read_out
 
