@@ -23,7 +23,7 @@ from transformers import (  # noqa: E402
 import model  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "data" / "tiny"))  # world.py, pretrain.py, check.py
+sys.path[:0] = [str(ROOT / "data" / "tiny"), str(ROOT / "tests" / "assignments")]  # world.py, pretrain.py; course.py
 torch.set_num_threads(1)  # two OpenMP threads on a busy machine are slower than one
 
 FAMILIES = {
@@ -37,8 +37,8 @@ FAMILIES = {
 
 
 def pytest_addoption(parser):
-    parser.addoption("--student", help="tests/assignments.py: the file to check; default the repository itself")
-    parser.addoption("--seed", type=int, default=0, help="tests/assignments.py: of the drawn cases")
+    parser.addoption("--student", help="of tests/assignments/course.py: the file to check; default the repository itself")
+    parser.addoption("--seed", type=int, default=0, help="of tests/assignments/course.py: of the drawn cases")
 
 
 def random_llm(family="qwen2", **changes):
