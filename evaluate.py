@@ -30,13 +30,14 @@ import rewards
 from data.estimate import average, summary, write_table
 from data.problems import PAPERS, Problems, prompt_ids, sets_of
 from data.runs import base_checksum, checksum, config_of, identity, keep, kept
+from plumbing.gguf import is_gguf
 from rewards import grade
 
 
 @dataclass
 class Config:
     run: tyro.conf.Positional[str | None] = None  # run folder of train.py; its config.json names the model
-    model: str | None = None               # base model, instead of a run: tiny, a local folder or a hub id
+    model: str | None = None               # base model, instead of a run: tiny, a folder, a .gguf file or a hub id
     benchmarks: tuple[str, ...] = ()       # names of data/NAME.jsonl (made by data/prepare.py), or all: the papers' six
     data: str | None = None                # jsonl of {problem, answer} instead; default data/tiny/test.jsonl
     problems: int | None = None            # use only the first N problems
@@ -107,7 +108,8 @@ class Subject:
     @property
     def samples_with(self) -> str:
         """ "hf", or "vllm"; exits with a line where vLLM cannot hold the vectors."""
-        return model.choose_sampler(self.sampler, self.device, self.config.architectures[0], self.holds)
+        kind = "a .gguf file" if is_gguf(self.name) else self.config.architectures[0]
+        return model.choose_sampler(self.sampler, self.device, kind, self.holds)
 
     @property
     def key(self) -> dict:
@@ -291,7 +293,8 @@ def main(args: Config) -> dict:
         where = "all weights" if full else f"steered at layers {', '.join(map(str, vectors))}, step {meta['step']}"
         what = f"{run['model']}, {where} ({args.run})"
     what += f", answers begin with {args.prefix!r}" if args.prefix else ""
-    write_table(rows, what, Path(args.out or args.run or f"out/{Path(args.model).resolve().name}-base"))
+    name = Path(args.model or "").resolve().name.removesuffix(".gguf")
+    write_table(rows, what, Path(args.out or args.run or f"out/{name}-base"))
     return rows
 
 

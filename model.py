@@ -25,6 +25,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from struct import error as StructError
 from typing import NamedTuple
 
 import torch
@@ -33,7 +34,7 @@ from safetensors.torch import save_file
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import DynamicCache
 from transformers.utils import logging
 
@@ -42,6 +43,10 @@ from data.problems import prompt_ids
 from data.runs import FAMILY, TINY, base_checksum, source_of, written  # noqa: F401
 from data.shared_prompts import batches  # noqa: F401
 from data.vllm_model import VLLM_MODELS, register_vllm_models
+from plumbing import gguf
+
+# no such id, no connection; no causal LM; broken file; a package or an architecture that GGUF files need is missing
+UNREADABLE = (OSError, ValueError, SafetensorError, ImportError, NotImplementedError, KeyError, IndexError, StructError)
 
 # ---------------------------------------------------------------------------------------------------------- the model
 
@@ -50,16 +55,21 @@ def load(name: str = "tiny", device: str = "auto", dtype: str = "auto"):
     """
     Load a causal LM, frozen and in eval mode, with its tokenizer: (llm, tokenizer).
 
-    name: "tiny" (the embedded model), a relative of it (FAMILY), a folder in the Hugging Face format, or a hub id.
+    name: "tiny" (the built-in model), a relative of it (FAMILY), a folder in the Hugging Face format, a .gguf file, or
+    a hub id.
     """
     device, dtype = resolve(device, dtype)
-    source = source_of(name)
+    source, how = source_of(name), dict(dtype=getattr(torch, dtype))
     logging.disable_progress_bar()  # one bar for every few tensors loaded hides what the program prints
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        llm = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype), use_safetensors=True)
-    except (OSError, ValueError, SafetensorError) as error:  # no such id, no connection; no causal LM; broken file
+        if gguf.is_gguf(source):
+            llm, tokenizer = gguf.load(source, **how)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(source)
+            llm = AutoModelForCausalLM.from_pretrained(source, use_safetensors=True, **how)
+    except UNREADABLE as error:
         sys.exit(cannot_load(name, error))
+    llm.config.architectures = [type(llm).__name__]  # files without it are common, vLLM and the exports want it
     try:
         torch.zeros(1, device=device).tolist()  # fails on the device "meta", which holds no numbers
         llm = llm.to(device)
@@ -70,10 +80,14 @@ def load(name: str = "tiny", device: str = "auto", dtype: str = "auto"):
 
 def load_config(name: str):
     """The config of a model, from its files alone. name: as for `load`."""
+    source = source_of(name)
     try:
-        return AutoConfig.from_pretrained(source_of(name))
-    except (OSError, ValueError) as error:
+        config = gguf.config_of(source) if gguf.is_gguf(source) else AutoConfig.from_pretrained(source)
+    except UNREADABLE as error:
         sys.exit(cannot_load(name, error))
+    if not config.architectures and type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__]
+    return config
 
 
 def resolve(device: str, dtype: str) -> tuple[str, str]:
@@ -88,7 +102,9 @@ def resolve(device: str, dtype: str) -> tuple[str, str]:
 
 
 def cannot_load(name: str, error: Exception) -> str:
-    wanted = "give 'tiny', a local folder or a hub id (offline, one that is in the local cache)"
+    wanted = "give 'tiny', a local folder, a .gguf file or a hub id (offline, one that is in the local cache)"
+    if gguf.is_gguf(name):
+        wanted = f"transformers reads GGUF files of {gguf.readable()}"
     return f"cannot load the model {name!r}: {wanted}. The reason: {str(error).strip().splitlines()[0]}"
 
 
@@ -575,6 +591,8 @@ def choose_sampler(sampler: str, device: str, architecture: str, places) -> str:
     sampler: "hf", "vllm", or "auto": vLLM where it is installed, and device, model and places suit it.
     """
     foreign = [place for place in places if engine_site(place) is None]
+    if sampler == "vllm" and architecture == "a .gguf file":
+        sys.exit("--sampler vllm: vLLM reads no .gguf file; use --sampler hf")
     if sampler == "auto":
         here = device.startswith("cuda") and find_spec("vllm")
         return "vllm" if here and architecture in VLLM_MODELS and not foreign else "hf"

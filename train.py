@@ -53,7 +53,7 @@ class Config:
     """Where two defaults are given, the first is the embedded model's, the second the papers' for real models."""
 
     layer: str = "27"                   # layers that get a vector, 0-based: 27, -1 (the last), 3,14 or all
-    model: str = "tiny"                 # the embedded model, a local folder or a hub id; kept frozen
+    model: str = "tiny"                 # the built-in model, a local folder, a .gguf file or a hub id; kept frozen
     method: Literal["vector", "lora", "tiny", "full"] = "vector"  # vectors, LoRA on a linear module, TinyLoRA, weights
     site: str = "end"                   # input-norm, attention, post-attention-norm, end, or a module's path
     where: Literal["all", "answer"] = "all"  # positions that get it: all, or those that predict the answer

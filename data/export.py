@@ -27,6 +27,7 @@ from transformers.utils import cached_file
 
 import model
 from data.runs import base_checksum, config_of, label_of, source_of, write, written
+from plumbing.gguf import is_gguf
 
 
 @dataclass
@@ -39,7 +40,7 @@ class Trained:
 
     @property
     def base(self):
-        """The folder of a local base model, or a hub id."""
+        """The folder or .gguf file of a local base model, or a hub id."""
         return source_of(self.settings["model"])
 
 
@@ -73,7 +74,8 @@ def export(
         sys.exit(f"--out {path} is there and is no export --to {to}: name another")  # it would be replaced
     write_it(trained, path)
     if use:
-        print(f"wrote {path}; {use.format(path)}")
+        base = str(trained.base) if is_gguf(trained.base) else "BASE.gguf"
+        print(f"wrote {path}; {use.format(path, base=base)}")
 
 
 def library(name: str, version: str):
@@ -136,6 +138,9 @@ def model_card(trained: Trained) -> str:
     """What the adapter is, how it was trained and measured, how it is loaded."""
     settings, measured = trained.settings, trained.run / "eval.md"
     base = trained.base if isinstance(trained.base, str) else None  # a card may name a model of the hub only
+    source = f'"{base or "PATH OF THE BASE MODEL"}"'
+    if is_gguf(trained.base):
+        source = f'"FOLDER OF THE BASE MODEL", gguf_file="{trained.base.name}"'
     names = ("method", "rank", "numbers", "data", "steps", "prompts", "samples", "temperature", "lr", "lr_absolute")
     names += ("clip", "seed", "dtype", "reward", "template", "system")
     trained_with = {name: settings.get(name) for name in names}
@@ -149,7 +154,7 @@ def model_card(trained: Trained) -> str:
         about=table({key.replace("_", " "): value for key, value in trained.meta.items()}),
         settings=table(trained_with),
         accuracy=measured.read_text(encoding="utf-8").strip() if measured.is_file() else "Not measured.",
-        source=base or "PATH OF THE BASE MODEL",
+        source=source,
         merging="" if lora else "\nA bias cannot be merged into a module that has none: load it as above.\n",
     )
 
@@ -187,7 +192,7 @@ template and system: how the prompt was made. Another prompt is another model.
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-llm = AutoModelForCausalLM.from_pretrained("{source}")
+llm = AutoModelForCausalLM.from_pretrained({source})
 llm = PeftModel.from_pretrained(llm, "THIS FOLDER")
 ```
 {merging}"""
@@ -204,6 +209,9 @@ TOKENIZER = ("tokenizer", "chat_template", "special_tokens_map", "added_tokens",
 def to_vllm(trained: Trained, path: Path) -> None:
     """A model folder: a Llama whose biases hold the vectors. Only they are new; the base's files are linked."""
     config, parts = trained.llm.config, linear_modules(trained)
+    if is_gguf(trained.base):
+        instead = "--to gguf makes a control vector for that very file"
+        sys.exit(f"--to vllm: the base model is a .gguf file, to whose weights a model folder cannot link; {instead}")
     if any("lora_A" in part for part in parts.values()):
         how = "--to peft, then `vllm serve BASE --enable-lora --lora-modules NAME=FOLDER`"
         sys.exit(f"--to vllm: vLLM loads a LoRA beside its base model: {how}")
@@ -266,9 +274,14 @@ def at_the_end(trained: Trained, place) -> bool:
     )
 
 
+IGNORED = ("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text")  # builds before March 2026
+
+
 def to_gguf(trained: Trained, path: Path) -> None:
     """A control vector: direction.N is added to the output of layer N, 0-based, by llama.cpp, repeng and EasySteer."""
-    gguf, directions = library("gguf", "0.19.0"), {}
+    gguf, directions, kind = library("gguf", "0.19.0"), {}, trained.llm.config.model_type
+    if kind in IGNORED:
+        sys.exit(f"--to gguf: many builds of llama.cpp ignore the control vector of a {kind} without a word; --to peft")
     for place, s in trained.vectors.items():
         if not at_the_end(trained, place):
             sys.exit(f"--to gguf: a control vector acts at the end of layers, and {place} does not; --to peft")
@@ -279,7 +292,7 @@ def to_gguf(trained: Trained, path: Path) -> None:
         sys.exit(f"--to gguf: layer 0 cannot be held, {reason}; --to vllm or peft")
     with written(path) as new:
         writer = gguf.GGUFWriter(new, "controlvector")
-        writer.add_string("controlvector.model_hint", trained.llm.config.model_type)
+        writer.add_string("controlvector.model_hint", kind)
         writer.add_uint32("controlvector.layer_count", len(directions))
         for key, value in trained.meta.items():
             writer.add_string(f"steering.{key}", value)
@@ -316,6 +329,6 @@ def to_transformers(trained: Trained, path: Path) -> None:
 FORMATS = {  # what writes it, where, and how it is used
     "peft": (to_peft, "peft", 'llm = peft.PeftModel.from_pretrained(llm, "{}")'),
     "vllm": (to_vllm, "vllm", "vllm serve {}"),
-    "gguf": (to_gguf, "vector.gguf", "llama-cli -m BASE.gguf --control-vector {}"),
+    "gguf": (to_gguf, "vector.gguf", "llama-cli -m {base} --control-vector {}"),
     "transformers": (to_transformers, "", ""),
 }
