@@ -112,8 +112,9 @@ def stop_ids(llm, tokenizer) -> list[int]:
     """Every token that ends an answer: the tokenizer's, generation_config's, and those that end a turn of a chat."""
     ids = llm.generation_config.eos_token_id
     ids = {*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id} - {None}
-    vocabulary = tokenizer.get_vocab()  # configs of base models may name only <|endoftext|>, their chats end with these
-    ids |= {vocabulary[token] for token in ("<|im_end|>", "<|eot_id|>", "<end_of_turn>") if token in vocabulary}
+    vocabulary = tokenizer.get_vocab()  # many files name one of several: the end of a text, or that of a turn
+    known = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<end_of_turn>")
+    ids |= {vocabulary[token] for token in known if token in vocabulary}
     if not ids:
         sys.exit("neither the tokenizer nor generation_config.json of this model names a token that ends an answer")
     return sorted(ids)
