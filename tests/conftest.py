@@ -78,7 +78,7 @@ def prompts():
 
 
 def write_gguf(path, llm, arch="qwen2", tokenizer=ROOT / "data/tiny", leave_out=(), tensors=None, **metadata):
-    """A model in llama.cpp's format, with the byte-level tokenizer of a folder. metadata: ("rope_scaling_type", ...)."""
+    """A model in llama.cpp's format, with the byte-level tokenizer of a folder. metadata: see GGUFWriter.add_..."""
     import gguf
 
     config, writer = llm.config, gguf.GGUFWriter(path, arch)

@@ -1,15 +1,17 @@
-"""GGUF files as models: the built-in model in that format is the built-in model; what would be read wrong is refused."""
+"""GGUF files as models: the built-in model in that format is itself; what would be read wrong is refused."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import random_llm, write_gguf
+from transformers import AutoConfig
 
 import evaluate
 import model
 import train
-from data.export import export
+from data.export import Trained, export, to_gguf
 from plumbing import gguf
 
 pytest.importorskip("gguf")
@@ -57,7 +59,7 @@ def test_the_round_trip(tiny_file, tmp_path, monkeypatch, capsys):
     for to in ("gguf", "peft", "transformers"):
         export(str(run), to)
     said = capsys.readouterr().out
-    assert f"llama-cli -m {tiny_file} --control-vector {run.relative_to(tmp_path)}/vector.gguf" in said
+    assert f"llama-cli -m {tiny_file} --control-vector {run}/vector.gguf" in said
     assert "mind" not in said  # the checksum is that of the file
     assert '"FOLDER OF THE BASE MODEL", gguf_file="small.gguf")' in (run / "peft/README.md").read_text()
     with pytest.raises(SystemExit, match="--to vllm: the base model is a .gguf file.*--to gguf makes"):
@@ -162,11 +164,9 @@ def test_the_list_of_what_can_be_read():
 
 
 @pytest.mark.parametrize("kind", ["qwen3_next", "qwen3_5_text"])
-def test_models_whose_control_vectors_llama_cpp_ignores(kind, tmp_path, monkeypatch, tiny):
-    (tmp_path / "config.json").write_text(json.dumps({"model": "tiny", "layer": "3"}))
-    model.save_vectors(tmp_path / "vectors.safetensors", {3: torch.ones(64)}, tiny[0], "tiny", 1)
-    config = model.load_config("tiny")
-    monkeypatch.setattr(type(config), "model_type", kind)
-    monkeypatch.setattr(model, "load_config", lambda name: config)
+def test_models_whose_control_vectors_llama_cpp_ignores(kind, tmp_path):
+    config = AutoConfig.for_model(kind)
+    trained = Trained(tmp_path, {}, {3: torch.ones(64)}, {}, SimpleNamespace(config=config))
     with pytest.raises(SystemExit, match=f"ignore the control vector of a {kind} without a word; --to peft"):
-        export(str(tmp_path), "gguf")
+        to_gguf(trained, tmp_path / "vector.gguf")
+    assert not any(tmp_path.iterdir())
