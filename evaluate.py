@@ -39,7 +39,7 @@ from rewards import grade
 @dataclass
 class Config(model.Asking):
     run: tyro.conf.Positional[Usual[str]] = None  # run folder of train.py; its config.json names the model
-    model: Usual[str] = None               # base model, instead of a run: tiny, a local folder or a hub id
+    model: Usual[str] = None               # base model, instead of a run: tiny, a folder, a .gguf file or a hub id
     benchmarks: tuple[str, ...] = ()       # names of data/NAME.jsonl (made by data/prepare.py), or all: the papers' six
     data: Usual[str] = None                # jsonl of {problem, answer} instead; default data/tiny/test.jsonl
     problems: Usual[int] = None            # use only the first N problems
@@ -444,7 +444,8 @@ def main(args: Config) -> dict:
         where = "all weights" if full else f"steered at layers {', '.join(map(str, vectors))}, step {meta['step']}"
         what = f"{run['model']}, {where} ({args.run})"
     what += f", answers begin with {args.prefix!r}" if args.prefix else ""
-    write_table(rows, what, Path(args.out or args.run or f"out/{Path(args.model).resolve().name}-base"))
+    name = Path(args.model or "").resolve().name.removesuffix(".gguf")
+    write_table(rows, what, Path(args.out or args.run or f"out/{name}-base"))
     return rows
 
 

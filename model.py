@@ -24,6 +24,7 @@ from dataclasses import dataclass, field, fields
 from functools import cached_property, partial
 from importlib.util import find_spec
 from pathlib import Path
+from struct import error as StructError
 from typing import Literal, NamedTuple
 
 import torch
@@ -33,16 +34,19 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import DynamicCache
 from transformers.utils import logging
 
 from data.problems import prompt_ids
-from plumbing import fast, memory
+from plumbing import fast, gguf_file, memory
 from plumbing.fast import batches
-from plumbing.files import FAMILY, base_checksum, source_of, written
+from plumbing.files import FAMILY, base_checksum, is_gguf, source_of, written
 from plumbing.settings import Usual
 from plumbing.vllm import VLLM, VLLM_MODELS
+
+# no such id, no connection; no causal LM; broken file; a package or an architecture that GGUF files need is missing
+UNREADABLE = (OSError, ValueError, SafetensorError, ImportError, NotImplementedError, KeyError, IndexError, StructError)
 
 # ---------------------------------------------------------------------------------------------------------- the model
 
@@ -51,16 +55,21 @@ def load(name: str = "tiny", device: str = "auto", dtype: str = "auto"):
     """
     Load a causal LM, frozen and in eval mode, with its tokenizer: (llm, tokenizer).
 
-    name: "tiny" (the embedded model), a relative of it (FAMILY), a folder in the Hugging Face format, or a hub id.
+    name: "tiny" (the built-in model), a relative of it (FAMILY), a folder in the Hugging Face format, a .gguf file, or
+    a hub id.
     """
     device, dtype = resolve(device, dtype, load_config(name))
-    source = source_of(name)
+    source, how = source_of(name), dict(dtype=getattr(torch, dtype))
     logging.disable_progress_bar()  # one bar for every few tensors loaded hides what the program prints
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        llm = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype), use_safetensors=True)
-    except (OSError, ValueError, SafetensorError) as error:  # no such id, no connection; no causal LM; broken file
+        if is_gguf(source):
+            llm, tokenizer = gguf_file.load(source, **how)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(source)
+            llm = AutoModelForCausalLM.from_pretrained(source, use_safetensors=True, **how)
+    except UNREADABLE as error:
         sys.exit(cannot_load(name, error))
+    llm.config.architectures = [type(llm).__name__]  # files without it are common, vLLM and the exports want it
     try:
         torch.zeros(1, device=device).tolist()  # fails on the device "meta", which holds no numbers
         llm = llm.to(device)
@@ -71,10 +80,14 @@ def load(name: str = "tiny", device: str = "auto", dtype: str = "auto"):
 
 def load_config(name: str):
     """The config of a model, from its files alone. name: as for `load`."""
+    source = source_of(name)
     try:
-        return AutoConfig.from_pretrained(source_of(name))
-    except (OSError, ValueError) as error:
+        config = gguf_file.config_of(source) if is_gguf(source) else AutoConfig.from_pretrained(source)
+    except UNREADABLE as error:
         sys.exit(cannot_load(name, error))
+    if not config.architectures and type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__]
+    return config
 
 
 def resolve(device: str, dtype: str, config) -> tuple[str, str]:
@@ -98,7 +111,9 @@ def native_bfloat16() -> bool:
 
 
 def cannot_load(name: str, error: Exception) -> str:
-    wanted = "give 'tiny', a local folder or a hub id (offline, one that is in the local cache)"
+    wanted = "give 'tiny', a local folder, a .gguf file or a hub id (offline, one that is in the local cache)"
+    if is_gguf(name):
+        wanted = f"transformers reads GGUF files of {gguf_file.readable()}"
     return f"cannot load the model {name!r}: {wanted}. The reason: {str(error).strip().splitlines()[0]}"
 
 
@@ -106,8 +121,9 @@ def stop_ids(llm, tokenizer) -> list[int]:
     """Every token that ends an answer: the tokenizer's, generation_config's, and those that end a turn of a chat."""
     ids = llm.generation_config.eos_token_id
     ids = {*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id} - {None}
-    vocabulary = tokenizer.get_vocab()  # configs of base models may name only <|endoftext|>, their chats end with these
-    ids |= {vocabulary[token] for token in ("<|im_end|>", "<|eot_id|>", "<end_of_turn>") if token in vocabulary}
+    vocabulary = tokenizer.get_vocab()  # many files name one of several: the end of a text, or that of a turn
+    known = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<end_of_turn>")
+    ids |= {vocabulary[token] for token in known if token in vocabulary}
     if not ids:
         sys.exit("neither the tokenizer nor generation_config.json of this model names a token that ends an answer")
     return sorted(ids)
@@ -559,10 +575,12 @@ class Subject(Asking):
         """ "hf", or "vllm"; exits with a line where vLLM cannot hold the vectors. auto: vLLM where all suits it."""
         foreign = [place for place in self.holds if engine_site(place) is None]
         if self.sampler == "auto":
-            here = self.device.startswith("cuda") and find_spec("vllm")
+            here = self.device.startswith("cuda") and find_spec("vllm") and not is_gguf(self.name)
             return "vllm" if here and self.config.architectures[0] in VLLM_MODELS and not foreign else "hf"
         if self.sampler == "vllm" and foreign:
             sys.exit(f"--sampler vllm: a vector at {foreign[0]} is no bias of vLLM's layers; use --sampler hf")
+        if self.sampler == "vllm" and is_gguf(self.name):
+            sys.exit("--sampler vllm: vLLM reads no .gguf file; use --sampler hf")
         return self.sampler
 
     @property

@@ -54,7 +54,7 @@ class Config(model.Asking):
     """Where a comment gives two defaults, the first is the built-in model's, the second that of real models."""
 
     layer: str = "27"                   # layers that get a vector, 0-based: 27, -1 (the last), 3,14 or all
-    model: str = "tiny"                 # the built-in model, a local folder or a hub id; kept frozen
+    model: str = "tiny"                 # the built-in model, a local folder, a .gguf file or a hub id; kept frozen
     method: Literal["vector", "lora", "tinylora", "full"] = "vector"  # vectors, LoRA, TinyLoRA or all weights
     site: str = "end"                   # input-norm, attention, post-attention-norm, end, or a module's path
     where: Literal["all", "answer"] = "all"  # positions that get it: all, or those that predict the answer

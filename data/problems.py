@@ -74,7 +74,7 @@ def benchmarks(names: tuple[str, ...]) -> list[Problems]:
 
 def prompt_ids(tokenizer, problem: str, system: str | None = None, template: str | None = None) -> list[int]:
     """
-    Token ids of the prompt, ending where the answer starts, with at most one BOS.
+    Token ids of the prompt, ending where the answer starts, with one BOS in front, or none where the model wants none.
 
     template (P4 App. K): "native" (the tokenizer's own chat template), "qwen-math" (Qwen's chat format, written out),
     "r1" (plain text, for base models that know no chat); default native where there is a chat template, else r1.
@@ -100,7 +100,9 @@ def prompt_ids(tokenizer, problem: str, system: str | None = None, template: str
         text = R1_PROMPT.replace("PROBLEM", problem)
     else:
         sys.exit(f"--template wants native, qwen-math or r1, got {template!r}")
-    # a chat template writes the BOS itself; a second one would change what the model does
-    ids = tokenizer(text, add_special_tokens=template != "native").input_ids
-    assert tokenizer.bos_token_id is None or ids.count(tokenizer.bos_token_id) <= 1, "two BOS tokens in the prompt"
+    # where the text begins with the BOS, a second one in front of it would change what the model does
+    begins = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+    ids = tokenizer(text, add_special_tokens=template != "native" and not begins).input_ids
+    bos = tokenizer.bos_token_id  # later in the prompt it is welcome: SmolLM2's opens every turn of a chat
+    assert bos is None or ids[:2] != [bos, bos], "the chat template puts two BOS tokens in front of the prompt"
     return ids

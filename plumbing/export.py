@@ -26,9 +26,10 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 from transformers.utils import cached_file
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import model
-from plumbing.files import base_checksum, config_of, source_of, write, written  # noqa: E402
+if sys.path[0] == str(Path(__file__).parent):  # this folder has a vllm.py that is not the package
+    sys.path[0] = str(Path(__file__).parents[1])
+import model  # noqa: E402
+from plumbing.files import base_checksum, config_of, is_gguf, source_of, write, written  # noqa: E402
 from plumbing.settings import label_of  # noqa: E402
 
 
@@ -42,7 +43,7 @@ class Trained:
 
     @property
     def base(self):
-        """The folder of a local base model, or a hub id."""
+        """The folder or .gguf file of a local base model, or a hub id."""
         return source_of(self.settings["model"])
 
 
@@ -75,7 +76,8 @@ def export(
         sys.exit(f"{path} exists, but it is not an export --to {to}: choose another --out")
     write_it(trained, path)
     if use:
-        print(f"wrote {path}; {use.format(path)}")
+        base = str(trained.base) if is_gguf(trained.base) else "BASE.gguf"
+        print(f"wrote {path}; {use.format(path, base=base)}")
 
 
 def library(name: str, version: str):
@@ -138,6 +140,9 @@ def model_card(trained: Trained) -> str:
     base = trained.base if isinstance(trained.base, str) else None  # a card may name only models of the hub
     names = "method rank numbers data steps prompts samples temperature lr lr_absolute clip seed dtype reward template"
     lora = any(model.split(place).matrix for place in trained.vectors)
+    source = f'"{base or "PATH OF THE BASE MODEL"}"'
+    if is_gguf(trained.base):
+        source = f'"FOLDER OF THE BASE MODEL", gguf_file="{trained.base.name}"'
 
     def table(rows: dict) -> str:
         return "\n".join(f"| {key} | {value} |" for key, value in rows.items() if value is not None)
@@ -150,7 +155,7 @@ def model_card(trained: Trained) -> str:
         about=table({key.replace("_", " "): value for key, value in trained.meta.items()}),
         settings=table({name: settings.get(name) for name in [*names.split(), "system"]}),
         accuracy=measured.read_text(encoding="utf-8").strip() if measured.is_file() else "Not measured.",
-        source=base or "PATH OF THE BASE MODEL",
+        source=source,
         merging="" if lora else "\nA bias cannot be merged into a module that has none: load it as above.\n",
     )
 
@@ -188,7 +193,7 @@ template and system say how the prompt was made. With another prompt the model a
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-llm = AutoModelForCausalLM.from_pretrained("{source}")
+llm = AutoModelForCausalLM.from_pretrained({source})
 llm = PeftModel.from_pretrained(llm, "THIS FOLDER")
 ```
 {merging}"""
@@ -205,6 +210,9 @@ TOKENIZER = ("tokenizer", "chat_template", "special_tokens_map", "added_tokens",
 def to_vllm(trained: Trained, path: Path) -> None:
     """A model folder: a Llama whose biases hold the vectors. Only the biases are new; the rest is linked."""
     config, parts = trained.llm.config, linear_modules(trained)
+    if is_gguf(trained.base):
+        instead = "--to gguf makes a control vector for that very file"
+        sys.exit(f"--to vllm: the base model is a .gguf file, to whose weights a model folder cannot link; {instead}")
     if any("lora_A" in part for part in parts.values()):
         how = "--to peft, then `vllm serve BASE --enable-lora --lora-modules NAME=FOLDER`"
         sys.exit(f"--to vllm: vLLM loads a LoRA beside its base model: {how}")
@@ -258,9 +266,14 @@ def at_the_end(trained: Trained, place) -> bool:
     return (at.site == "end" or (pre_norm and at.site == "mlp.down_proj")) and at.where == "all" and not at.matrix
 
 
+IGNORED = ("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text")  # builds before March 2026
+
+
 def to_gguf(trained: Trained, path: Path) -> None:
     """A control vector: direction.N is added to the output of layer N, 0-based, by llama.cpp, repeng and EasySteer."""
-    gguf, directions = library("gguf", "0.19.0"), {}
+    gguf, directions, kind = library("gguf", "0.19.0"), {}, trained.llm.config.model_type
+    if kind in IGNORED:
+        sys.exit(f"--to gguf: many builds of llama.cpp ignore the control vector of a {kind} without a word; --to peft")
     for place, s in trained.vectors.items():
         if not at_the_end(trained, place):
             sys.exit(f"--to gguf: a control vector acts at the end of layers, and {place} does not; try --to peft")
@@ -271,7 +284,7 @@ def to_gguf(trained: Trained, path: Path) -> None:
         sys.exit(f"--to gguf: layer 0 cannot be held: {reason}; use --to vllm or peft")
     with written(path) as new:
         writer = gguf.GGUFWriter(new, "controlvector")
-        writer.add_string("controlvector.model_hint", trained.llm.config.model_type)
+        writer.add_string("controlvector.model_hint", kind)
         writer.add_uint32("controlvector.layer_count", len(directions))
         for key, value in trained.meta.items():
             writer.add_string(f"steering.{key}", value)
@@ -308,7 +321,7 @@ def to_transformers(trained: Trained, path: Path) -> None:
 FORMATS = {  # which function writes it, its path in the run folder, the file by which it is recognised, how it is used
     "peft": (to_peft, "peft", "adapter_config.json", 'llm = peft.PeftModel.from_pretrained(llm, "{}")'),
     "vllm": (to_vllm, "vllm", "steering.safetensors", "vllm serve {}"),
-    "gguf": (to_gguf, "vector.gguf", "", "llama-cli -m BASE.gguf --control-vector {}"),
+    "gguf": (to_gguf, "vector.gguf", "", "llama-cli -m {base} --control-vector {}"),
     "transformers": (to_transformers, "", "", ""),
 }
 

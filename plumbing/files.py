@@ -16,8 +16,12 @@ FAMILY = {name: TINY.with_name(name) for name in ("tiny", "tiny-instruct", "tiny
 FAMILY |= {path.name: path for path in sorted(TINY.parent.glob("tiny-organism-*"))}  # pretrain.py --organism
 
 
+def is_gguf(name) -> bool:
+    return str(name).endswith(".gguf")
+
+
 def source_of(name: str):
-    """Where a model is: the folder of the built-in one or of a relative, another local folder, or the hub id itself."""
+    """Where a model is: the folder of the built-in one or of a relative, a local folder or .gguf file, or a hub id."""
     path = FAMILY.get(name, Path(name))
     if name in FAMILY and not (path / "config.json").is_file():
         kind = name.removeprefix("tiny-").replace("organism-", "organism ", 1)
@@ -25,8 +29,11 @@ def source_of(name: str):
         makes = f"`python data/tiny/pretrain.py --{kind}` makes it in minutes"
         sys.exit(f"{name} is not in the repository: {makes}")
     if path.is_dir() and not (path / "config.json").is_file():
-        sys.exit(f"no model in {path}: a model folder holds config.json, *.safetensors and the tokenizer's files")
-    return path if path.is_dir() else name
+        files = "config.json, *.safetensors and the tokenizer's files; of a .gguf file give the path of the file itself"
+        sys.exit(f"no model in {path}: a model folder holds {files}")
+    if is_gguf(path) and not path.is_file():
+        sys.exit(f"no file {path}")
+    return path if path.is_dir() or is_gguf(path) else name
 
 
 @contextmanager
@@ -87,10 +94,10 @@ def identity(vectors: dict) -> str:
     return checksum(b"".join(parts)) if parts else "none"
 
 
-def weights_digest(folder: Path, size: int = 1 << 20) -> str:
-    """A checksum of weight files by their names, lengths, first and last bytes, without reading gigabytes."""
+def weights_digest(source: Path, size: int = 1 << 20) -> str:
+    """A checksum of a file or folder of weights: names, lengths, first and last bytes, without reading gigabytes."""
     parts = []
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in [source] if source.is_file() else sorted(source.glob("*.safetensors")):
         with path.open("rb") as file:
             start, length = file.read(size), file.seek(0, os.SEEK_END)
             file.seek(max(0, length - size))
@@ -99,7 +106,7 @@ def weights_digest(folder: Path, size: int = 1 << 20) -> str:
 
 
 def base_checksum(name: str) -> str:
-    """What tells a model's weights from others: of a folder a checksum of its files, of a hub model its commit."""
+    """What tells a model's weights from others: of local files a checksum, of a hub model its commit."""
     source = source_of(name)
     if isinstance(source, Path):
         return weights_digest(source)

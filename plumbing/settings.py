@@ -212,7 +212,7 @@ def unusual(config: dict) -> list[tuple[str, str]]:
 def name_of_run(args) -> str:
     """The folder's name, from train.py's settings: MODEL-layerLAYER, and every choice that is not the usual one."""
     what = "full" if args.method == "full" else f"layer{args.layer}"
-    return "-".join([Path(args.model).name, what, *(name for name, _ in unusual(vars(args)))])
+    return "-".join([Path(args.model).name.removesuffix(".gguf"), what, *(name for name, _ in unusual(vars(args)))])
 
 
 def label_of(config: dict) -> str:

@@ -384,6 +384,7 @@ def test_a_plant_in_one_layer_leaves_the_others_as_they_were(tmp_path):
 def test_an_organism_is_a_model_of_the_family(tmp_path):
     """So that train.py takes the embedded model's settings and problems for it."""
     (tmp_path / "data" / "tiny-organism-3").mkdir(parents=True)
+    (tmp_path / "plumbing").mkdir()
     shutil.copy(ROOT / "plumbing" / "files.py", tmp_path / "plumbing")
     code = "from plumbing.files import FAMILY; print(*FAMILY)"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)

@@ -732,6 +732,19 @@ def test_prompts_have_one_bos(llama_tokenizer):
         model.prompt_ids(llama_tokenizer, "one", template="native")
 
 
+def test_a_bos_that_opens_every_turn(llama_tokenizer):
+    """SmolLM2's BOS is <|im_start|>: it comes again and again, but only once in front."""
+    llama_tokenizer.chat_template = (
+        "{% for m in messages %}<s> {{ m['role'] }}: {{ m['content'] }} {% endfor %}<s> bot:"
+    )
+    assert model.prompt_ids(llama_tokenizer, "one", "Please") == [0, 1, 4, 0, 5, 3, 0, 6]
+    llama_tokenizer.chat_template = "<s> <s> user: {{ messages[-1]['content'] }} bot:"
+    with pytest.raises(AssertionError, match="puts two BOS tokens in front"):
+        model.prompt_ids(llama_tokenizer, "one")
+    llama_tokenizer.add_special_tokens({"bos_token": "<|im_start|>"})  # qwen-math begins with it: no <s> goes in front
+    assert model.prompt_ids(llama_tokenizer, "one", template="qwen-math")[0] == llama_tokenizer.bos_token_id != 0
+
+
 def test_a_template_without_system_messages_gets_the_instruction_with_the_problem(llama_tokenizer):
     """Gemma's raises an error for a system message."""
     llama_tokenizer.chat_template = (
