@@ -6,13 +6,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import random_llm, write_gguf
-from data.export import Trained, export, to_gguf
 from transformers import AutoConfig
 
 import evaluate
 import model
 import train
 from plumbing import gguf_file
+from plumbing.export import Trained, export, to_gguf
 
 pytest.importorskip("gguf")
 
