@@ -103,9 +103,6 @@ def linear_modules(trained: Trained) -> dict[str, dict]:
     return found
 
 
-# --------------------------------------------------------------------------------------------------------------- peft
-
-
 def to_peft(trained: Trained, path: Path) -> None:
     """A folder for PeftModel.from_pretrained: vectors as BEFT, which adds biases to linear modules, or a plain LoRA."""
     peft, parts = library("peft", "0.21.2"), linear_modules(trained)
@@ -193,8 +190,6 @@ llm = PeftModel.from_pretrained(llm, "THIS FOLDER")
 {merging}"""
 
 
-# --------------------------------------------------------------------------------------------------------------- vLLM
-
 AS_LLAMA = ("llama", "qwen2", "mistral")  # a Llama with biases computes the same as these families
 LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "mlp_bias": True, "attention_bias": True}
 NO_LLAMA = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types", "_name_or_path")
@@ -246,9 +241,6 @@ def shards_of(folder: Path) -> dict[str, str]:
         sys.exit(f"{folder} lacks the weights of the base model: load it once, for example with evaluate.py --model")
     with safe_open(single, "pt") as file:
         return dict.fromkeys(file.keys(), single.name)
-
-
-# ---------------------------------------------------------------------------------------- llama.cpp, plain transformers
 
 
 def at_the_end(trained: Trained, place) -> bool:

@@ -192,7 +192,7 @@ def world_of(args: Config) -> dict:
         return world.RELATIVES.get(args.relative, {})
     if not name.isdigit():
         if name not in world.ORGANISMS:
-            sys.exit(f"--organism takes a number or one of {', '.join(world.ORGANISMS)}; got {name!r}")
+            sys.exit(f"--organism wants a number or one of {', '.join(world.ORGANISMS)}; got {name!r}")
         return world.ORGANISMS[name]
     file = world.truth_file(int(name))
     if not file.is_file():  # an interrupted run goes on with the plant it began with
