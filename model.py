@@ -1,6 +1,6 @@
 """
 The frozen LLM and its steering vectors: load a model, add vectors to its residual stream, sample, score given tokens,
-save and load vectors. Nothing here knows about rewards or training. vLLM, the sampler for GPUs, comes last.
+save and load vectors. Nothing here knows about rewards or training. vLLM, the sampler for GPUs: plumbing/vllm.py.
 
 A vector s_l is added to the residual stream at the end of decoder layer l (0-based), at every position, prompt included
 (arXiv:2509.06608, Sec. 2). Vectors are a plain dict {place: fp32 tensor}. A place says where a tensor acts:
@@ -16,16 +16,15 @@ Shapes: N prompts, k samples of each, B = N*k rows, P prompt tokens, C completio
 V vocabulary, F width inside the MLP, r rank of a LoRA.
 """
 
-import os
 import re
 import sys
-import time
 import zlib
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from dataclasses import dataclass, field, fields
+from functools import cached_property, partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -37,11 +36,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import DynamicCache
 from transformers.utils import logging
 
-from data import shared_prompts
 from data.problems import prompt_ids
-from data.runs import FAMILY, TINY, base_checksum, source_of, written  # noqa: F401
-from data.shared_prompts import batches  # noqa: F401
-from data.vllm_model import VLLM_MODELS, register_vllm_models
+from plumbing import fast
+from plumbing.fast import batches  # noqa: F401
+from plumbing.files import FAMILY, base_checksum, source_of, written
+from plumbing.settings import Usual
+from plumbing.vllm import VLLM, VLLM_MODELS
 
 # ---------------------------------------------------------------------------------------------------------- the model
 
@@ -294,7 +294,7 @@ def sample(
                 rows, fed = _decode(llm, prompts[batch], k, limits[batch], stop, temperature, seeds[batch])
             completions += rows
             if keep is not None:
-                states += shared_prompts.states_by_row(prompts[batch], rows, fed, entering)
+                states += fast.states_by_row(prompts[batch], rows, fed, entering)
     finally:
         llm.answer_positions = None  # after Ctrl-C, too: nothing else may take them for its own
     found = completions, [row[-1] in stop for row in completions]
@@ -304,7 +304,7 @@ def sample(
 def _decode(llm, prompts, k, limits, stop, temperature, seeds):
     """One batch of `sample`: the completions of its B = N*k rows, and the rows of every forward pass."""
     device, B, P, C = llm.device, len(prompts) * k, max(map(len, prompts)), max(limits)
-    ids, mask, positions = shared_prompts.left_padded(prompts, device)
+    ids, mask, positions = fast.left_padded(prompts, device)
     # a uniform number for every token to come, (C, B); time first, so that a longer limit leaves the first ones alone
     noise = [torch.rand(C, k, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     noise = torch.cat(noise, 1).to(device)
@@ -328,7 +328,7 @@ def _decode(llm, prompts, k, limits, stop, temperature, seeds):
     how, known = {}, llm.config.model_type in SITES_OF and llm.config._attn_implementation == "sdpa"
     # measured on a CPU, in float32; elsewhere the model has its own attention, and a copy of the prompt for every row
     if known and llm.device.type == "cpu" and llm.dtype.itemsize >= 4:
-        cache = shared_prompts.AnswerCache(cache, mask, k)
+        cache = fast.AnswerCache(cache, mask, k)
         how["attend"] = cache.attend
     else:
         cache.batch_repeat_interleave(k)
@@ -348,7 +348,7 @@ def _decode(llm, prompts, k, limits, stop, temperature, seeds):
             cache.batch_select_indices(alive)
             rows = rows[alive]
         fed.append(rows)
-        seen = shared_prompts.NO_MASK if how else mask[rows, : P + t + 1]
+        seen = fast.NO_MASK if how else mask[rows, : P + t + 1]
         logits = forward(tokens[rows, t : t + 1], seen, length[rows] + t, **how)
     completions = []
     for row, n in zip(tokens.tolist(), limit.tolist()):
@@ -382,39 +382,6 @@ class Rollouts(NamedTuple):
     texts: list[str]  # the answers as text, a forced beginning included
     logps: list[list[float]] | None  # of every completion token, as vLLM computed them; None from the HF sampler
     states: list | None = None  # what `sample` kept of every row; None if nothing was to be kept, or too much
-
-
-def rollouts(
-    llm, tokenizer, vectors: dict, problems: list[str], k: int, max_tokens: int | None = None, temperature=1.0,
-    seed: int | list[int] = 0, system=None, template=None, prefix="", context: int | None = None,
-    max_rows=512, engine: "VLLM | None" = None, bar=None, keep: int | None = None,
-) -> Rollouts:  # fmt: skip
-    """
-    Answer problems with the steered model, {} for the base: by `sample`, or by an engine if there is one.
-
-    system, template: see prompt_ids. prefix: text that every answer is made to begin with.
-    context: tokens of prompt and answer together; max_tokens: of the answer alone; the smaller one counts.
-    keep: see `sample`; what may need more than KEPT_BYTES is not kept.
-    """
-    if not problems:  # of several processes, some may have none
-        return Rollouts([], [], [], [], None)
-    forced = tokenizer(prefix, add_special_tokens=False).input_ids
-    prompts = [prompt_ids(tokenizer, problem, system, template) + forced for problem in problems]
-    context = context or llm.config.max_position_embeddings
-    longest = max(map(len, prompts))
-    if context <= longest:
-        sys.exit(f"--context {context}: the longest prompt has {longest} tokens and leaves no room for an answer")
-    limits = [min(max_tokens or context, context - len(p)) for p in prompts]
-    stop, logps, states = stop_ids(llm, tokenizer), None, []
-    size = sum(len(p) + k * limit for p, limit in zip(prompts, limits)) * llm.config.hidden_size * llm.dtype.itemsize
-    if engine is not None:
-        completions, ended, logps = engine.sample(vectors, prompts, k, limits, stop, temperature, seed, bar)
-    else:
-        how = temperature, seed, max_rows, bar, keep if size <= KEPT_BYTES else None
-        with steer(llm, vectors):
-            completions, ended, *states = sample(llm, prompts, k, limits, stop, *how)
-    texts = [prefix + text for text in tokenizer.batch_decode(completions, skip_special_tokens=True)]
-    return Rollouts([p for p in prompts for _ in range(k)], completions, ended, texts, logps, *states)
 
 
 # ---------------------------------------------------------------------------------------------------- token log-probs
@@ -470,10 +437,10 @@ def token_logps(llm, prompts: list, completions: list, temperature=1.0, chunk=10
     """
     layer, kept = states or (0, None)
     if share:
-        h = shared_prompts.read_together(llm, prompts, completions, layer, kept)
+        h = fast.read_together(llm, prompts, completions, layer, kept)
     else:  # of the last token no state is known, and none is needed
         given = kept and pad_sequence([torch.cat([*parts, parts[0][:1]]) for parts in kept], batch_first=True)
-        with shared_prompts.starting_at(decoder_layers(llm), layer, given):
+        with fast.starting_at(decoder_layers(llm), layer, given):
             h, before = read(llm, prompts, completions)
         h = h[before]
     target = torch.tensor([token for c in completions for token in c], device=h.device)
@@ -486,6 +453,185 @@ def token_logps(llm, prompts: list, completions: list, temperature=1.0, chunk=10
     lengths = torch.tensor([len(c) for c in completions], device=h.device)
     mask = torch.arange(lengths.max(), device=h.device) < lengths[:, None]
     return torch.zeros(mask.shape, device=h.device).masked_scatter(mask, logps), mask
+
+
+# --------------------------------------------------------------------------------------------------- how it is asked
+
+
+@dataclass(kw_only=True)
+class Asking:
+    """How a model is asked. train.py, evaluate.py and analyze.py have these settings in common."""
+
+    template: Usual[Literal["native", "qwen-math", "r1"]] = None  # of the prompt: the run's; else native, or r1
+    system: Usual[str] = None              # system message: the run's; else to reason step by step, with a boxed answer
+    context: Usual[int] = None             # tokens of prompt and answer: the model's own, at most 32768
+    max_tokens: Usual[int] = None          # longest answer in tokens: the run's; else what the context leaves
+    sampler: Literal["auto", "hf", "vllm"] = "auto"  # auto: vllm where it is installed beside a CUDA device
+    vllm_memory: float = 0.45              # share of the GPU's memory for vLLM, beside the Hugging Face model
+    tensor_parallel: int = 1               # GPUs that one vLLM engine is spread over
+    rows: int = 512                        # answers sampled at once, but all answers to a prompt together
+    device: str = "auto"                   # cpu, cuda, ...
+    dtype: str = "auto"                    # of the frozen model: float32, bfloat16; vectors are float32
+
+
+@dataclass(kw_only=True)
+class Subject(Asking):
+    """A model under test and how it is asked. It is loaded when it is first needed; `key` needs its files alone."""
+
+    name: str
+    holds: dict = field(default_factory=dict)  # vectors that it will be given: vLLM makes room for them when it starts
+    folder: Path = Path("out/answers")  # where evaluate.py keeps its answers
+
+    def __post_init__(self):
+        self.config = load_config(self.name)
+        self.device, self.dtype = resolve(self.device, self.dtype)
+        self.context = min(self.context or 32768, self.config.max_position_embeddings)  # 32K: the papers'
+        if self.max_tokens is None and self.name in FAMILY:
+            self.max_tokens = 80
+        self.wanted_weights = self.loaded_weights = self.name
+        self.started = None  # vLLM
+
+    @classmethod
+    def of_run(cls, config: dict, args: Asking, **more) -> "Subject":
+        """The model of a run, asked as its config.json says; settings that are given in args go first."""
+        how = {name: config.get(name) for name in ("template", "system", "max_tokens")}  # its context is for training
+        how |= {"name": config["model"], "dtype": config.get("dtype", "auto")}
+        given = {one.name: getattr(args, one.name) for one in fields(Asking)}
+        return cls(**(how | {name: value for name, value in given.items() if value not in (None, "auto")} | more))
+
+    @property
+    def depth(self) -> int:
+        return self.config.num_hidden_layers
+
+    @property
+    def samples_with(self) -> str:
+        """ "hf", or "vllm"; exits with a line where vLLM cannot hold the vectors. auto: vLLM where all suits it."""
+        foreign = [place for place in self.holds if engine_site(place) is None]
+        if self.sampler == "auto":
+            here = self.device.startswith("cuda") and find_spec("vllm")
+            return "vllm" if here and self.config.architectures[0] in VLLM_MODELS and not foreign else "hf"
+        if self.sampler == "vllm" and foreign:
+            sys.exit(f"--sampler vllm: a vector at {foreign[0]} is no bias of vLLM's layers; use --sampler hf")
+        return self.sampler
+
+    @property
+    def key(self) -> dict:
+        """What its answers depend on, from files alone; of a hub model the commit."""
+        names = ("name", "template", "system", "context", "max_tokens", "dtype")
+        weights = base_checksum(self.wanted_weights)
+        return {name: getattr(self, name) for name in names} | {"weights": weights, "sampler": self.samples_with}
+
+    @cached_property
+    def loaded(self) -> tuple:
+        return load(self.name, self.device, self.dtype)
+
+    @property
+    def tokenizer(self):
+        return self.loaded[1]
+
+    @property
+    @torch.no_grad()
+    def llm(self):
+        llm = self.loaded[0]
+        if self.loaded_weights != self.wanted_weights:
+            other = dict(load(self.wanted_weights, str(llm.device), self.dtype)[0].named_parameters())
+            for name, weight in llm.named_parameters():
+                weight.copy_(other[name])
+            self.loaded_weights = self.wanted_weights
+            if self.started is not None:
+                self.started.push_weights(llm)
+        return llm
+
+    def swap(self, name: str) -> None:
+        """Take the weights of another model of the same shape (a run's of --method full) when they are next needed."""
+        self.wanted_weights = name
+
+    def prompt(self, row: dict) -> list[int]:
+        """Token ids of a problem as it is asked here."""
+        return prompt_ids(self.tokenizer, row["problem"], self.system, self.template)
+
+    def engine(self, rows: list[dict]) -> VLLM | None:
+        """The vLLM engine, tested on the first problems; None where the model itself samples."""
+        if self.started is None and self.samples_with == "vllm":
+            llm = self.loaded[0]
+            ranks = [s.shape[0] for place, s in self.holds.items() if split(place).matrix == "lora_A"]
+            how = dict(tensor_parallel=self.tensor_parallel, max_rows=self.rows, lora_rank=max(ranks, default=0))
+            self.started = VLLM(self.name, llm, self.context, self.vllm_memory, **how)
+            prompts = [prompt for row in rows[:8] if len(prompt := self.prompt(row)) + 32 < self.context]
+            test_engine(self.started, llm, prompts)
+        return self.started
+
+    def rollouts(
+        self, vectors: dict, rows: list[dict], k: int, temperature=1.0, seed: int | list[int] = 0, prefix="",
+        context: int | None = None, keep: int | None = None, bar=None,
+    ) -> Rollouts:  # fmt: skip
+        """
+        k answers to each problem, of the model with these vectors, {} for the base: by `sample` or by vLLM.
+
+        seed: as for `sample`. prefix: text that every answer is made to begin with. context: of these answers, default
+        the subject's; it and max_tokens, of the answer alone, both count. keep: see `sample`; states that may need more
+        than KEPT_BYTES are not kept.
+        """
+        if not rows:  # of several processes, some may have none
+            return Rollouts([], [], [], [], None)
+        llm, engine, context = self.llm, self.engine(rows), context or self.context
+        forced = self.tokenizer(prefix, add_special_tokens=False).input_ids
+        prompts = [self.prompt(row) + forced for row in rows]
+        longest = max(map(len, prompts))
+        if context <= longest:
+            sys.exit(f"--context {context}: the longest prompt has {longest} tokens and leaves no room for an answer")
+        limits = [min(self.max_tokens or context, context - len(p)) for p in prompts]
+        seeds = seed if isinstance(seed, list) else prompt_seeds(seed, range(len(prompts)))
+        stop, logps, states = stop_ids(llm, self.tokenizer), None, []
+        tokens = sum(len(p) + k * limit for p, limit in zip(prompts, limits))
+        fits = tokens * llm.config.hidden_size * llm.dtype.itemsize <= KEPT_BYTES
+        if engine is not None:
+            tensors = engine_tensors(vectors)
+            completions, ended, logps = engine.sample(tensors, prompts, k, limits, stop, temperature, seeds, bar)
+        else:
+            how = temperature, seeds, self.rows, bar, keep if fits else None
+            with steer(llm, vectors):
+                completions, ended, *states = sample(llm, prompts, k, limits, stop, *how)
+        texts = [prefix + text for text in self.tokenizer.batch_decode(completions, skip_special_tokens=True)]
+        return Rollouts([p for p in prompts for _ in range(k)], completions, ended, texts, logps, *states)
+
+
+def engine_site(place) -> str | None:
+    """Which of vLLM's tensors holds a place: "end", "attention", "lora_A", "lora_B", or None."""
+    _, site, matrix, where = split(place)
+    if where != "all":
+        return None
+    if matrix:
+        return matrix if site == "mlp.down_proj" else None
+    sites = {"end": "end", "mlp.down_proj": "end", "attention": "attention", "self_attn.o_proj": "attention"}
+    return sites.get(site)
+
+
+def engine_tensors(vectors: dict) -> dict:
+    """{place: tensor} as vLLM takes them: {(site, layer): tensor}. Two vectors at one of its biases are added."""
+    found = {}
+    for place, s in vectors.items():
+        if (at := (engine_site(place), split(place).layer))[0] is None:
+            sys.exit(f"--sampler vllm: a vector at {place} is no bias of vLLM's layers; use --sampler hf")
+        found[at] = found[at] + s if at in found else s
+    return found
+
+
+def test_engine(engine: VLLM, llm, prompts: list[list[int]]) -> dict[str, float]:
+    """Compare a vLLM engine with the model under a large random vector at every place that it has; see self_test."""
+    draw, vectors = torch.Generator().manual_seed(0), {}
+    for site, (depth, *shape) in engine.shapes.items():
+        for place, size in residual_rms(llm, prompts[:2], [f"{l}.{site}" for l in range(depth)]).items():
+            scale = 1 / (size * shape[-1] ** 0.5) if site == "lora_A" else 0.2 * size  # A x has size 1
+            vectors[place] = scale * torch.randn(shape, generator=draw)
+
+    @torch.no_grad()
+    def log_probs(steered: bool, prompts, completions):
+        with steer(llm, vectors if steered else {}):
+            logps, mask = token_logps(llm, prompts, completions)
+        return logps[mask]
+
+    return engine.self_test(engine_tensors(vectors), prompts, log_probs, llm.dtype == torch.float32)
 
 
 # -------------------------------------------------------------------------------------------------------- their files
@@ -553,190 +699,3 @@ def load_vectors(path, config, model: str | None = None) -> tuple[dict, dict[str
             sys.exit(f"{path}: {name} of shape {tuple(s.shape)} does not fit a model of {depth} layers, width {width}")
         vectors[int(place) if place.isdigit() else place] = s
     return vectors, meta
-
-
-# --------------------------------------------------------------------------------------------------------------- vLLM
-
-def engine_site(place) -> str | None:
-    """Which of the engine's tensors holds a place: "end", "attention", "lora_A", "lora_B", or None."""
-    _, site, matrix, where = split(place)
-    if where != "all":
-        return None
-    if matrix:
-        return matrix if site == "mlp.down_proj" else None
-    sites = {"end": "end", "mlp.down_proj": "end", "attention": "attention", "self_attn.o_proj": "attention"}
-    return sites.get(site)
-
-
-def choose_sampler(sampler: str, device: str, architecture: str, places) -> str:
-    """
-    What samples, "hf" or "vllm"; exits with a line where vLLM cannot hold a vector at one of these places.
-
-    sampler: "hf", "vllm", or "auto": vLLM where it is installed, and device, model and places suit it.
-    """
-    foreign = [place for place in places if engine_site(place) is None]
-    if sampler == "auto":
-        here = device.startswith("cuda") and find_spec("vllm")
-        return "vllm" if here and architecture in VLLM_MODELS and not foreign else "hf"
-    if sampler == "vllm" and foreign:
-        sys.exit(f"--sampler vllm: a vector at {foreign[0]} is no bias of vLLM's layers; use --sampler hf")
-    return sampler
-
-
-def import_vllm(llm, tensor_parallel: int):
-    """The package vllm, which reads its settings from the environment; exits with a line where it cannot serve llm."""
-    architecture = llm.config.architectures[0]
-    if architecture not in VLLM_MODELS:
-        sys.exit(f"--sampler vllm can steer {', '.join(VLLM_MODELS)}, not {architecture}; use --sampler hf")
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1  # started by torchrun: an engine for each process
-    if several and tensor_parallel > 1:
-        sys.exit("--tensor-parallel: torchrun gives every process one GPU; start one process, with python, instead")
-    if not several and llm.device.index:
-        sys.exit(f"--device {llm.device}: vLLM takes the first GPU that it sees; set CUDA_VISIBLE_DEVICES instead")
-    if tensor_parallel == 1:  # in this process: no serialisation, and errors come with their own traceback
-        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    os.environ["PYTHONPATH"] = f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}"  # for worker processes
-    try:
-        import vllm
-    except ImportError as error:
-        sys.exit(f"--sampler vllm: no vLLM ({error}); pip install -r requirements-vllm.txt, or --sampler hf")
-    register_vllm_models()
-    return vllm
-
-
-class VLLM:
-    """
-    A vLLM engine with the same weights as a loaded model, and vectors that change between calls.
-
-    name, llm: what `load` was given and gave.
-    context: tokens of prompt and answer together.
-    memory: vLLM's share of the GPU's whole memory, for its weights and cache.
-    lora_rank: of the LoRA that it will be given, 0 for none.
-    eager: no compilation, no CUDA graphs.
-    """
-
-    def __init__(self, name, llm, context, memory=0.45, tensor_parallel=1, max_rows=512, lora_rank=0, eager=False):
-        threads = torch.get_num_threads()
-        vllm = import_vllm(llm, tensor_parallel)
-        depth, width = len(decoder_layers(llm)), llm.config.hidden_size
-        self.shapes = {"end": [depth, width], "attention": [depth, width]}  # of what `push` sends
-        if lora_rank:
-            self.shapes["lora_A"] = [depth, lora_rank, llm.config.intermediate_size]
-            self.shapes["lora_B"] = [depth, width, lora_rank]
-        overrides = {"architectures": [f"Steered{llm.config.architectures[0]}"], "lora_rank": lora_rank}
-        several = int(os.environ.get("WORLD_SIZE", 1)) > 1
-        try:
-            self.engine = vllm.LLM(
-                str(FAMILY.get(name, name)),
-                hf_overrides=overrides,
-                worker_extension_cls="data.vllm_model.VLLMWorker",
-                dtype=str(llm.dtype).removeprefix("torch."),
-                max_model_len=context,
-                max_num_seqs=max_rows,
-                gpu_memory_utilization=memory,
-                tensor_parallel_size=tensor_parallel,
-                distributed_executor_backend="external_launcher" if several else None,
-                logprobs_mode="processed_logprobs",  # after the temperature: of the distribution that is sampled from
-                enable_prefix_caching=True,  # the k samples of a prompt share its keys and values
-                # a prompt that is read in two parts winds its random generator back, which a CPU's cannot
-                enable_chunked_prefill=False if llm.device.type == "cpu" else None,
-                enforce_eager=eager,
-                disable_log_stats=True,
-            )
-        except (ValueError, RuntimeError, torch.OutOfMemoryError) as error:  # too little memory, bad lengths, ...
-            sys.exit(
-                f"vLLM did not start with --vllm-memory {memory} and --context {context}: {str(error).strip()}\n"
-                "raise --vllm-memory if vLLM lacks room, lower it if the GPU is full; a shorter --context helps both"
-            )
-        torch.set_num_threads(threads)  # vLLM sets it to 1
-
-    def push(self, vectors: dict) -> None:
-        """Give vectors to the engine. {place: tensor}; places that are not named get zero."""
-        stacks = {site: torch.zeros(shape) for site, shape in self.shapes.items()}
-        for place, s in vectors.items():
-            if (site := engine_site(place)) not in stacks:
-                sys.exit(f"--sampler vllm: a vector at {place} is no bias of vLLM's layers; use --sampler hf")
-            part = tuple(map(slice, s.shape))  # of a LoRA of a lower rank than the engine has room for: the first rows
-            stacks[site][split(place).layer][part] += s.detach().float().cpu()
-        raw = {site: stack.numpy().tobytes() for site, stack in stacks.items()}
-        self._change("set_vectors", args=(raw, self.shapes))
-
-    def push_weights(self, llm) -> None:
-        """Give the engine all weights of the model. It must live in this process: it gets the tensors as they are."""
-        weights = [(name, weight.detach()) for name, weight in llm.named_parameters()]
-        self._change("reload_weights", kwargs={"weights_iterator": weights})
-
-    def _change(self, method, **what) -> None:
-        """Change the engine and drop its prefix cache, whose keys and values are stale: vLLM does not notice that."""
-        began = time.perf_counter()
-        self.engine.collective_rpc(method, **what)
-        if not self.engine.reset_prefix_cache():
-            raise RuntimeError("vLLM kept its prefix cache: answers to one prompt would mix two sets of vectors")
-        self.sync_seconds = time.perf_counter() - began
-
-    def sample(self, vectors, prompts, k, max_tokens, stop, temperature=1.0, seed: int | list[int] = 0, bar=None):
-        """As the function `sample`, with these vectors; returns (completions, ended, log-probs of their tokens)."""
-        from vllm import SamplingParams
-
-        self.push(vectors)
-        seeds = seed if isinstance(seed, list) else prompt_seeds(seed, range(len(prompts)))
-        greedy = temperature == 0
-        # every setting stated: a model's generation_config.json may bring others. The j-th sample gets the seed plus j
-        how = dict(
-            n=1 if greedy else k,
-            temperature=temperature,
-            top_p=1.0,
-            top_k=0,
-            min_p=0.0,
-            repetition_penalty=1.0,
-            stop_token_ids=stop,
-            logprobs=0,
-            detokenize=False,
-        )
-        params = [SamplingParams(max_tokens=n, seed=s, **how) for n, s in zip(max_tokens, seeds, strict=True)]
-        found = self.engine.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=bar is not None)
-        rows = [row for request in found for row in request.outputs * (k if greedy else 1)]
-        completions = [list(row.token_ids) for row in rows]
-        logps = [[at[token].logprob for at, token in zip(row.logprobs, row.token_ids)] for row in rows]
-        return completions, [row.finish_reason == "stop" for row in rows], logps
-
-    def self_test(self, llm, prompts: list[list[int]], max_tokens=32) -> dict[str, float]:
-        """
-        Compare the engine with the Hugging Face model under large random vectors and none; exit if they disagree.
-
-        Returns mean |difference| of token log-probs in nats: "steered" and "base" (both have the same vectors),
-        "effect" (the engine alone has them: how much there is to miss).
-        """
-        draw, vectors = torch.Generator().manual_seed(0), {}  # a vector at every place that the engine has
-        for site, (depth, *shape) in self.shapes.items():
-            for place, size in residual_rms(llm, prompts[:2], [f"{l}.{site}" for l in range(depth)]).items():
-                scale = 1 / (size * shape[-1] ** 0.5) if site == "lora_A" else 0.2 * size  # A x has size 1
-                vectors[place] = scale * torch.randn(shape, generator=draw)
-        found = {}
-        for name, given, ours in (("base", {}, {}), ("steered", vectors, vectors), ("effect", vectors, {})):
-            completions, _, logps = self.sample(given, prompts, 1, [max_tokens] * len(prompts), [], 1.0)
-            with steer(llm, ours), torch.no_grad():
-                expected, mask = token_logps(llm, prompts, completions)
-            sampled = torch.tensor([x for row in logps for x in row])
-            found[name] = (expected[mask].cpu() - sampled).abs().mean().item()
-        # right engines: 1e-7 in float32, 0.002 in bfloat16, which rounds; one of 28 layers forgotten: 0.03 to 0.1
-        allowed = (0.001 if llm.dtype == torch.float32 else 0.02) * found["effect"]
-        numbers = (
-            f"mean difference of token log-probs {found['steered']:.2g} nats under random vectors, {found['base']:.2g} "
-            f"under none; leaving the vectors out would make {found['effect']:.2g}"
-        )
-        if not max(found["steered"], found["base"]) < allowed:
-            why = f"vLLM and the Hugging Face model disagree, so nothing was trained or measured: {numbers}"
-            sys.exit(f"{why}. Use --sampler hf, and report the versions.")
-        print(f"vLLM agrees with Hugging Face: {numbers}")
-        return found
-
-
-def open_engine(name: str, llm, prompts: list[list[int]], context: int, vectors: dict, **how) -> VLLM:
-    """The vLLM engine of a loaded model, tested on some prompts. vectors: for their shapes. how: see VLLM."""
-    ranks = [s.shape[0] for place, s in vectors.items() if split(place).matrix == "lora_A"]
-    engine = VLLM(name, llm, context, lora_rank=max(ranks, default=0), **how)
-    engine.self_test(llm, [p for p in prompts if len(p) + 32 < context])
-    return engine

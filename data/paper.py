@@ -11,8 +11,8 @@ import json
 import sys
 from pathlib import Path
 
-from data.runs import write
 from plumbing.figures import draw, quoted
+from plumbing.files import write
 
 PAPER = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
 TABLES = {  # keys of paper.json, the tables that are shown below an analysis
@@ -102,7 +102,7 @@ def compose(who: str) -> tuple:
     for (i, j), pair in cells.items():
         if i < j:  # the diagonal of the table has the single vectors, unless they are lost in the text of the PDF
             single = max(cells.get((x, x), elsewhere[str(x)]["value"]) for x in (i, j))
-            share = {"open": True} if whole <= single else {"value": (pair - single) / (whole - single)}
+            share = {"unclear": True} if whole <= single else {"value": (pair - single) / (whole - single)}
             gains[f"{i}+{j}"] = {"cross": pair >= 0.99 * whole, "over_single": {"value": pair - single}, "share": share}
     place = "column 26 below row 3" if who.startswith("Qwen") else "column 30 below row 12"  # the notes in paper.json
     elsewhere = MODELS[who]["T = 1"][-1]

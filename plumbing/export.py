@@ -28,7 +28,8 @@ from transformers.utils import cached_file
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import model
-from data.runs import base_checksum, config_of, label_of, source_of, write, written
+from plumbing.files import base_checksum, config_of, source_of, write, written  # noqa: E402
+from plumbing.settings import label_of  # noqa: E402
 
 
 @dataclass

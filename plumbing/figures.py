@@ -13,6 +13,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
 
 matplotlib.use("Agg")  # writing a PNG needs no window system
 import matplotlib.pyplot as plt  # noqa: E402
@@ -376,7 +377,7 @@ def compose(found: dict) -> dict:
         grid, texts = [[None] * len(layers) for _ in layers], [[""] * len(layers) for _ in layers]
         for y, x in zip(*np.triu_indices(len(layers), 1)):
             gain = given.get(f"{layers[y]}+{layers[x]}")
-            lost = gain is None or gain[key].get("open")
+            lost = gain is None or gain[key].get("unclear")
             grid[y][x] = None if lost else scale * gain[key]["value"]
             texts[y][x] = "–" if gain is None else "×" if gain["cross"] else "?" if lost else ""
         panel = dict(form="heat", grid=grid, rows=layers, columns=layers, low=-limit, high=limit, texts=texts)
@@ -404,7 +405,7 @@ def transfer(found: dict) -> dict:
     donors, grid, texts, names = found["donors"], [], [], []
     for name, row in found["recipients"].items():
         shares = [row["shares"].get(donor) for donor in donors]
-        grid.append([share["value"] if share and not share.get("open") else None for share in shares])
+        grid.append([share["value"] if share and not share.get("unclear") else None for share in shares])
         raw = [f"{100 * row['accuracies'][donor]['value']:.1f} %" for donor in donors]
         texts.append([text if x is None else f"{x:.2f}\n{text}" for x, text in zip(grid[-1], raw)])
         names.append(f"{Path(name).name}\n(base {100 * row['accuracies']['base']['value']:.1f} %)")
@@ -537,3 +538,16 @@ def cost(found: dict) -> dict:
 drawn = [lens, shift, prefix, case, sweep, ablate, compose, sites]
 drawn += [orthogonal, transfer, persistence, similarity, patch, attention, scale, cost]
 FIGURES = {function.__name__: function for function in drawn}  # the table of any other analysis is drawn
+
+
+def plot_reward(metrics: list[dict], base: float, path: Path) -> None:
+    """reward.png: the share of right answers of every step, the level of the unsteered model dashed. base: 0 to 1."""
+    fig = Figure(figsize=(6, 3.5), layout="constrained")
+    ax = fig.subplots()
+    ax.plot([m["step"] for m in metrics], [100 * m["accuracy"] for m in metrics], "o-", ms=3, label="steered, training")
+    if held_out := [(m["step"], 100 * m["held_out"]) for m in metrics if "held_out" in m]:
+        ax.plot(*zip(*held_out), "s", label="steered, held out")
+    ax.axhline(100 * base, color="black", linestyle="--", label="base model")
+    ax.set(xlabel="step", ylabel="right answers (%)", title="RLOO on steering vectors", ylim=(0, 100))
+    ax.legend(frameon=False, loc="upper left")
+    fig.savefig(path, dpi=150)

@@ -220,7 +220,6 @@ def keyed(function, student: str):
 def run(path: str, program: str, *args: str) -> None:
     """`python PROGRAM ARGS` with the student's functions; those that are still stubs stay the repository's."""
     import tyro
-
     from data.runs import checksum, keep, kept
 
     if program not in ("train.py", "evaluate.py", "analyze.py"):

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: no test may need a download
@@ -18,6 +19,8 @@ from transformers import (  # noqa: E402
     Qwen2Config,
     Qwen3Config,
 )
+
+import model  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "data" / "tiny"))  # world.py, pretrain.py, check.py
@@ -73,3 +76,20 @@ def prompts():
     """Three prompts of 5, 9 and 2 tokens; ragged, so that padding and positions matter."""
     draw = torch.Generator().manual_seed(1)
     return [torch.randint(3, 61, (n,), generator=draw).tolist() for n in (5, 9, 2)]
+
+
+def subject_of(llm, tokenizer, **how):
+    """A model.Subject around a model that is loaded already. how: its settings."""
+    subject = object.__new__(model.Subject)
+    usual = {one.name: one.default for one in fields(model.Subject)} | {"context": llm.config.max_position_embeddings}
+    vars(subject).update(usual | dict(name="tiny", holds={}, config=llm.config, device="cpu") | how)
+    name = subject.name
+    vars(subject).update(loaded=(llm, tokenizer), wanted_weights=name, loaded_weights=name, started=how.get("started"))
+    return subject
+
+
+def rollouts(llm, tokenizer, vectors, problems, k, max_tokens=None, temperature=1.0, seed=0, engine=None, **how):
+    """Subject.rollouts of a loaded model and the texts of problems. how: of the subject or of its rollouts."""
+    own = {name: how.pop(name) for name in ("system", "template", "rows") if name in how}
+    subject = subject_of(llm, tokenizer, max_tokens=max_tokens, started=engine, **own)
+    return subject.rollouts(vectors, [{"problem": text} for text in problems], k, temperature, seed, **how)

@@ -31,7 +31,8 @@ from conftest import ROOT
 from safetensors.torch import load_file
 
 import model
-from data.estimate import Estimate
+from evaluate import Estimate
+from plumbing.files import TINY
 
 EXERCISES = assignments.EXERCISES
 SEEDS = (0, 11)
@@ -365,14 +366,14 @@ def test_truths_are_drawn_and_their_checksums_tell_nothing(truths):
 
 def test_a_plant_in_one_layer_leaves_the_others_as_they_were(tmp_path):
     pretrain.main(pretrain.Config(organism="layer", out=tmp_path / "kin", steps=1, batch=2))
-    ours, shipped = (load_file(folder / "model.safetensors") for folder in (tmp_path / "kin", model.TINY))
+    ours, shipped = (load_file(folder / "model.safetensors") for folder in (tmp_path / "kin", TINY))
     changed = {name for name in shipped if not torch.equal(ours[name], shipped[name])}
     layer = world.ORGANISMS["layer"]["plant"].layer
     assert "lm_head.weight" in changed and all(n == "lm_head.weight" or f"layers.{layer}." in n for n in changed)
     with torch.no_grad():  # how the lab finds it: the residual streams part there
         streams = [
             model.load(str(folder), device="cpu")[0](torch.tensor([[5, 9, 3]]), output_hidden_states=True).hidden_states
-            for folder in (tmp_path / "kin", model.TINY)
+            for folder in (tmp_path / "kin", TINY)
         ]
     assert [torch.equal(a, b) for a, b in zip(*streams)] == [l <= layer for l in range(29)]
     with pytest.raises(SystemExit, match="--organism wants a number or one of word"):

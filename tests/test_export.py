@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, random_llm
+from conftest import ROOT, random_llm, rollouts
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import model
 from data.problems import problems_of
 from plumbing.export import export
+from plumbing.files import TINY
 
 IDS = torch.randint(3, 61, (2, 9), generator=torch.Generator().manual_seed(0))
 
@@ -32,7 +33,7 @@ def tiny():
 
 @pytest.fixture(scope="module")
 def problems():
-    return [row["problem"] for row in problems_of(model.TINY / "test.jsonl").rows[:50]]
+    return [row["problem"] for row in problems_of(TINY / "test.jsonl").rows[:50]]
 
 
 @pytest.fixture
@@ -74,7 +75,7 @@ def logits(llm, vectors=None):
 
 
 def greedy(llm, tokenizer, vectors, problems):
-    return model.rollouts(llm, tokenizer, vectors, problems, 1, 60, temperature=0.0).completions
+    return rollouts(llm, tokenizer, vectors, problems, 1, 60, temperature=0.0).completions
 
 
 def differ(a, b):
@@ -303,14 +304,14 @@ def test_a_base_model_of_the_hub(tmp_path):
     commit = "0123456789abcdef0123456789abcdef01234567"
     snapshot = tmp_path / "hub/models--some--tiny/snapshots" / commit
     snapshot.mkdir(parents=True)
-    for file in (*model.TINY.glob("*.json"), model.TINY / "chat_template.jinja", model.TINY / "model.safetensors"):
+    for file in (*TINY.glob("*.json"), TINY / "chat_template.jinja", TINY / "model.safetensors"):
         shutil.copy(file, snapshot)
     (snapshot.parents[1] / "refs").mkdir()
     (snapshot.parents[1] / "refs/main").write_text(commit)
     run = tmp_path / "out/run"
     run.mkdir(parents=True)
     env = os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", HUB, str(run), str(model.TINY / "test.jsonl")]
+    command = [sys.executable, "-c", HUB, str(run), str(TINY / "test.jsonl")]
     done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (run / "vllm/base-model.safetensors").resolve() == snapshot / "model.safetensors"

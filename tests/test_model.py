@@ -2,10 +2,11 @@
 
 import json
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, random_llm
+from conftest import ROOT, random_llm, rollouts, subject_of
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -15,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 import model
 from data.problems import problems_of
+from plumbing.vllm import VLLM
 
 STOP = [2, 7, 11, 13, 17, 19, 23, 29]  # many stop tokens, so that the lengths of random answers vary
 
@@ -249,14 +251,14 @@ def test_any_place_is_sampled_scored_and_saved_alike(prompts, tmp_path, where, o
 
 
 def test_the_engine_gets_a_lora_of_a_lower_rank_than_it_has_room_for():
-    engine, sent = object.__new__(model.VLLM), {}
+    engine, sent = object.__new__(VLLM), {}
     engine.shapes = {"end": [3, 4], "attention": [3, 4], "lora_A": [3, 2, 5], "lora_B": [3, 4, 2]}
     engine._change = lambda method, args: sent.update(args[0])
     A, B, s = torch.arange(1.0, 6)[None], torch.arange(1.0, 5)[:, None], torch.arange(2.0, 6)
-    engine.push({"1.lora_A": A, "1.lora_B": B, 2: s})
+    engine.push(model.engine_tensors({"1.lora_A": A, "1.lora_B": B, 2: s, "2.mlp.down_proj": s}))
     got = {site: torch.frombuffer(bytearray(raw), dtype=torch.float32) for site, raw in sent.items()}
     got = {site: x.view(engine.shapes[site]) for site, x in got.items()}
-    assert torch.equal(got["lora_B"][1] @ got["lora_A"][1], B @ A) and torch.equal(got["end"][2], s)
+    assert torch.equal(got["lora_B"][1] @ got["lora_A"][1], B @ A) and torch.equal(got["end"][2], 2 * s)
     assert not got["lora_A"][1, 1].any() and not got["end"][:2].any() and not got["attention"].any()
 
 
@@ -268,19 +270,22 @@ def test_sites_whose_output_is_no_plain_tensor_are_refused(qwen2):
 
 def test_vllm_takes_only_what_it_can_hold(monkeypatch):
     monkeypatch.setattr(model, "find_spec", lambda name: name == "vllm")
-    asked = "cuda:0", "Qwen2ForCausalLM"
+
+    def samples_with(sampler, places, device="cuda:0", architecture="Qwen2ForCausalLM"):
+        config = SimpleNamespace(architectures=[architecture], max_position_embeddings=9)
+        how = dict(sampler=sampler, holds=places, device=device)
+        return subject_of(SimpleNamespace(config=config), None, **how).samples_with
+
     held = [27, "3.attention", "3.self_attn.o_proj", "2.mlp.down_proj", "2.lora_A", "2.lora_B"]
-    assert model.choose_sampler("auto", *asked, held) == model.choose_sampler("vllm", *asked, held) == "vllm"
-    assert (
-        model.choose_sampler("auto", "cpu", asked[1], held) == model.choose_sampler("hf", *asked, ["27@answer"]) == "hf"
-    )
-    assert model.choose_sampler("auto", asked[0], "Gemma2ForCausalLM", held) == "hf"
+    assert samples_with("auto", held) == samples_with("vllm", held) == "vllm"
+    assert samples_with("auto", held, device="cpu") == samples_with("hf", ["27@answer"]) == "hf"
+    assert samples_with("auto", held, architecture="Gemma2ForCausalLM") == "hf"
     for place in ("27@answer", "2.lora_A@answer", "3.input-norm", "3.self_attn.q_proj", "3.self_attn.o_proj.lora_A"):
-        assert model.choose_sampler("auto", *asked, [27, place]) == "hf"
+        assert samples_with("auto", [27, place]) == "hf"
         with pytest.raises(
             SystemExit, match=f"--sampler vllm: a vector at {place} is no bias.*; use --sampler hf"
         ) as error:
-            model.choose_sampler("vllm", *asked, [27, place])
+            samples_with("vllm", [27, place])
         assert "\n" not in str(error.value)
 
 
@@ -694,7 +699,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
 def test_rollouts_put_the_prefix_first(tokenizer):
     llm, _ = model.load("tiny", device="cpu")
     problem = json.loads((ROOT / "data/tiny/test.jsonl").read_text().splitlines()[0])["problem"]
-    rolled = model.rollouts(llm, tokenizer, {}, [problem, problem], 2, 5, prefix="To")
+    rolled = rollouts(llm, tokenizer, {}, [problem, problem], 2, 5, prefix="To")
     assert len(rolled.prompts) == len(rolled.completions) == len(rolled.ended) == len(rolled.texts) == 4
     forced = tokenizer("To").input_ids
     assert len(forced) == 1 and rolled.prompts[0] == model.prompt_ids(tokenizer, problem) + forced

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 import model
 from data.problems import problems_of
+from plumbing.files import FAMILY
 
 TINY = ROOT / "data" / "tiny"
 
@@ -158,7 +159,7 @@ def test_a_relative_starts_from_the_shipped_weights(tmp_path):
 
 
 def test_a_relative_that_is_not_there_says_how_to_make_it(tmp_path, monkeypatch):
-    monkeypatch.setitem(model.FAMILY, "tiny-math", tmp_path / "tiny-math")
+    monkeypatch.setitem(FAMILY, "tiny-math", tmp_path / "tiny-math")
     with pytest.raises(SystemExit, match="pretrain.py --relative math"):
         model.load("tiny-math")
 

@@ -26,10 +26,11 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import analyze
 import model
 import train
-from data.estimate import Estimate, summary
-from data.problems import Problems, problems_of, recipe
-from data.runs import lines_of, weights_digest
-from evaluate import Subject, answers
+from data.problems import Problems, problems_of
+from evaluate import Estimate, answers, summary
+from model import Subject
+from plumbing.files import TINY, lines_of, weights_digest
+from plumbing.settings import recipe
 
 matplotlib.use("Agg")  # writing a PNG needs no window system
 import matplotlib.pyplot as plt  # noqa: E402
@@ -95,7 +96,7 @@ class Check:
     name: str  # of the two files there, NAME.json and NAME.md
     seeds: tuple[int, ...]
     problems: Problems
-    subject: Subject = field(default_factory=lambda: Subject("tiny", device="cpu"))
+    subject: Subject = field(default_factory=lambda: Subject(name="tiny", device="cpu"))
     report: dict = field(default_factory=dict)
     table: str = "| what | measured | 95 % interval | wanted | met |\n" + "|---" * 5 + "|\n"
 
@@ -192,9 +193,9 @@ def check_rates(check: Check, layers: list[str], rates: tuple[float, ...]) -> No
 def main(args: Config) -> None:
     if not args.lrs and not any(4 <= layer <= 24 for layer in args.layers):
         sys.exit(f"--layers needs a middle layer, from 4 to 24; got {args.layers}")
-    out = args.out or Path(f"out/check-{weights_digest(model.TINY)}")  # vectors of other weights are of no use
+    out = args.out or Path(f"out/check-{weights_digest(TINY)}")  # vectors of other weights are of no use
     out.mkdir(parents=True, exist_ok=True)
-    problems = problems_of(model.TINY / "test.jsonl").first(args.problems)
+    problems = problems_of(TINY / "test.jsonl").first(args.problems)
     check = Check(out, "lr" if args.lrs else "check", args.seeds, problems)
     names = [str(layer) for layer in sorted({*args.layers, LAST})]
     if args.lrs:
