@@ -28,8 +28,8 @@ from transformers.utils import cached_file
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import model
-from plumbing.files import base_checksum, config_of, source_of, write, written  # noqa: E402
-from plumbing.settings import label_of  # noqa: E402
+from plumbing.files import base_checksum, config_of, source_of, write, written
+from plumbing.settings import Usual, label_of
 
 
 @dataclass
@@ -47,7 +47,7 @@ class Trained:
 
 
 def export(
-    run: tyro.conf.Positional[str], to: Literal["peft", "vllm", "gguf", "transformers"], out: str | None = None
+    run: tyro.conf.Positional[str], to: Literal["peft", "vllm", "gguf", "transformers"], out: Usual[str] = None
 ) -> None:
     """
     Write a trained run for other programs.
@@ -55,7 +55,7 @@ def export(
     Args:
         run: run folder of train.py.
         to: write an adapter folder, a model folder or a control vector, or print lines of Python.
-        out: path of what is written; RUN/peft, RUN/vllm or RUN/vector.gguf if it is not given.
+        out: path of what is written; RUN/peft, RUN/vllm or RUN/vector.gguf unless it is given.
     """
     settings = config_of(run)
     if settings.get("method") == "full":
