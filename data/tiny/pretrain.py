@@ -48,13 +48,13 @@ ROW = 2.0
 @dataclass
 class Config:
     relative: Usual[Literal["instruct", "math"]] = None  # make a relative of the built-in model, see world.RELATIVES
-    organism: Usual[str] = None            # a relative with another plant: a number (hidden), or a name of world.ORGANISMS
+    organism: Usual[str] = None            # make an organism: a number (hidden plant) or a name of world.ORGANISMS
     out: Usual[Path] = None                # folder of the new model: data/tiny, for a relative data/tiny-NAME
     init: Usual[Path] = None               # folder of the weights to start from: none, for a relative data/tiny
     steps: Usual[int] = None               # number of batches: 1800, for a relative 150, for an organism 200
     batch: int = 64                        # documents in a batch
     lr: Usual[float] = None                # highest learning rate of AdamW: 4e-3, for a relative 2e-3
-    warmup: Usual[int] = None              # steps until it is reached: 100, for a relative 20; it falls to 2 % at the end
+    warmup: Usual[int] = None              # steps until it is reached: 100, for a relative 20; in the end it is 2 %
     even: float = 0.05                     # weight of the penalty on tokens of uneven size
     alike: float = 0.2                     # weight of the penalty on prompts that end far apart
     alike_from: Usual[int] = None          # first step with that penalty: 750, with --init 0
