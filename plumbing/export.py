@@ -30,7 +30,7 @@ if sys.path[0] == str(Path(__file__).parent):  # this folder has a vllm.py that 
     sys.path[0] = str(Path(__file__).parents[1])
 import model  # noqa: E402
 from plumbing.files import base_checksum, config_of, is_gguf, source_of, write, written  # noqa: E402
-from plumbing.settings import label_of  # noqa: E402
+from plumbing.settings import Usual, label_of  # noqa: E402
 
 
 @dataclass
@@ -48,7 +48,7 @@ class Trained:
 
 
 def export(
-    run: tyro.conf.Positional[str], to: Literal["peft", "vllm", "gguf", "transformers"], out: str | None = None
+    run: tyro.conf.Positional[str], to: Literal["peft", "vllm", "gguf", "transformers"], out: Usual[str] = None
 ) -> None:
     """
     Write a trained run for other programs.
@@ -56,7 +56,7 @@ def export(
     Args:
         run: run folder of train.py.
         to: write an adapter folder, a model folder or a control vector, or print lines of Python.
-        out: path of what is written; RUN/peft, RUN/vllm or RUN/vector.gguf if it is not given.
+        out: path of what is written; RUN/peft, RUN/vllm or RUN/vector.gguf unless it is given.
     """
     settings = config_of(run)
     if settings.get("method") == "full":
@@ -104,9 +104,6 @@ def linear_modules(trained: Trained) -> dict[str, dict]:
         part, kind = found.setdefault(names[module], {}), model.split(place).matrix or "bias"
         part[kind] = part[kind] + s if kind == "bias" and kind in part else s
     return found
-
-
-# --------------------------------------------------------------------------------------------------------------- peft
 
 
 def to_peft(trained: Trained, path: Path) -> None:
@@ -199,8 +196,6 @@ llm = PeftModel.from_pretrained(llm, "THIS FOLDER")
 {merging}"""
 
 
-# --------------------------------------------------------------------------------------------------------------- vLLM
-
 AS_LLAMA = ("llama", "qwen2", "mistral")  # a Llama with biases computes the same as these families
 LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "mlp_bias": True, "attention_bias": True}
 NO_LLAMA = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types", "_name_or_path")
@@ -255,9 +250,6 @@ def shards_of(folder: Path) -> dict[str, str]:
         sys.exit(f"{folder} lacks the weights of the base model: load it once, for example with evaluate.py --model")
     with safe_open(single, "pt") as file:
         return dict.fromkeys(file.keys(), single.name)
-
-
-# ---------------------------------------------------------------------------------------- llama.cpp, plain transformers
 
 
 def at_the_end(trained: Trained, place) -> bool:

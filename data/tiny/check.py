@@ -30,7 +30,7 @@ from data.problems import Problems, problems_of
 from evaluate import Estimate, answers, summary
 from model import Subject
 from plumbing.files import TINY, lines_of, weights_digest
-from plumbing.settings import recipe
+from plumbing.settings import Usual, recipe
 
 matplotlib.use("Agg")  # writing a PNG needs no window system
 import matplotlib.pyplot as plt  # noqa: E402
@@ -44,7 +44,7 @@ class Config:
     layers: tuple[int, ...] = (4, 14, 18, 23)  # train a vector at each of these layers, besides the last one
     seeds: tuple[int, ...] = (0, 1, 2)  # of training; each run gives its own answers
     lrs: tuple[float, ...] = ()  # measure only how accuracy depends on these rates, shares of RMS(h_l) as train.py --lr
-    out: Path | None = None  # folder of the runs; out/check-CHECKSUM of the weights if it is not given
+    out: Usual[Path] = None  # folder of the runs: out/check-CHECKSUM of the weights, unless it is given
 
 
 def trained(out: Path, layer: str, seed: int, **changes) -> dict[int, torch.Tensor]:

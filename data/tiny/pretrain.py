@@ -30,6 +30,9 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from plumbing.settings import Usual
+
 # as in Qwen2.5-Math, the reasoning prompt is the system message unless another one is given
 CHAT_TEMPLATE = """\
 {%- if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\\nMATH_PROMPT<|im_end|>\\n' }}{%- endif %}
@@ -44,17 +47,17 @@ ROW = 2.0
 
 @dataclass
 class Config:
-    relative: Literal["instruct", "math"] | None = None  # make a relative of the built-in model, see world.RELATIVES
-    organism: str | None = None            # make an organism: a number (a hidden plant) or a name of world.ORGANISMS
-    out: Path | None = None                # folder of the new model; data/tiny, or data/tiny-NAME of the relative
-    init: Path | None = None               # folder of the weights to start from; none, or data/tiny for a relative
-    steps: int | None = None               # number of batches; 1800, of a relative 150, of an organism 200
+    relative: Usual[Literal["instruct", "math"]] = None  # make a relative of the built-in model, see world.RELATIVES
+    organism: Usual[str] = None            # make an organism: a number (hidden plant) or a name of world.ORGANISMS
+    out: Usual[Path] = None                # folder of the new model: data/tiny, for a relative data/tiny-NAME
+    init: Usual[Path] = None               # folder of the weights to start from: none, for a relative data/tiny
+    steps: Usual[int] = None               # number of batches: 1800, for a relative 150, for an organism 200
     batch: int = 64                        # documents in a batch
-    lr: float | None = None                # highest learning rate of AdamW; 4e-3, of a relative 2e-3
-    warmup: int | None = None              # steps until it is reached, 100 or 20; it falls to 2 % in the last 40 %
+    lr: Usual[float] = None                # highest learning rate of AdamW: 4e-3, for a relative 2e-3
+    warmup: Usual[int] = None              # steps until it is reached: 100, for a relative 20; in the end it is 2 %
     even: float = 0.05                     # weight of the penalty on tokens of uneven size
     alike: float = 0.2                     # weight of the penalty on prompts that end far apart
-    alike_from: int | None = None          # first step with that penalty; 750, or 0 with --init
+    alike_from: Usual[int] = None          # first step with that penalty: 750, with --init 0
     seed: int = 0                          # of the weights and the documents
     threads: int = 1                       # CPU threads
 
@@ -192,7 +195,7 @@ def world_of(args: Config) -> dict:
         return world.RELATIVES.get(args.relative, {})
     if not name.isdigit():
         if name not in world.ORGANISMS:
-            sys.exit(f"--organism takes a number or one of {', '.join(world.ORGANISMS)}; got {name!r}")
+            sys.exit(f"--organism wants a number or one of {', '.join(world.ORGANISMS)}; got {name!r}")
         return world.ORGANISMS[name]
     file = world.truth_file(int(name))
     if not file.is_file():  # an interrupted run goes on with the plant it began with
