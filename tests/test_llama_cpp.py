@@ -1,8 +1,8 @@
 """
 llama.cpp as the reader of an exported control vector: its next-token probabilities are those of the steered model.
 
-The built-in model is written as a GGUF file in float32. SmolLM2's file is the very one that we load, quantised: llama.cpp
-multiplies with its 4-bit blocks and rounds the states to 8 bits, we with the dequantised weights.
+The built-in model is written as a GGUF file in float32. SmolLM2's file is the very one that we load, quantised:
+llama.cpp multiplies with its 4-bit blocks and rounds the states to 8 bits, we with the dequantised weights.
 ik-llama-cpp-python has llama.cpp for x86-64; elsewhere these tests are skipped.
 """
 
