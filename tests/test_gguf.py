@@ -153,10 +153,10 @@ def test_digits_stand_alone_where_llama_cpp_splits_them(tiny, tmp_path):
 
 
 def test_vllm_reads_no_gguf_file(tiny_file):
-    subject = evaluate.Subject(str(tiny_file), device="cpu", sampler="vllm")
+    subject = model.Subject(name=str(tiny_file), device="cpu", sampler="vllm")
     with pytest.raises(SystemExit, match="--sampler vllm: vLLM reads no .gguf file; use --sampler hf"):
         subject.samples_with  # noqa: B018
-    assert evaluate.Subject(str(tiny_file), device="cpu").samples_with == "hf"
+    assert model.Subject(name=str(tiny_file), device="cpu").samples_with == "hf"
 
 
 def test_the_list_of_what_can_be_read():
