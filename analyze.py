@@ -7,8 +7,8 @@ $ python analyze.py patch out/tiny-layer26 out/tiny-layer27   # through which pa
 $ python analyze.py report                                    # a page of all that is there, beside the papers' numbers
 
 An analysis is a function under @analysis. It returns the numbers, a table and a sentence with the reading;
-data/figures.py draws them. To add one, write such a function: it is then in --help and in the report, and its table is
-its figure until data/figures.py has a function of the same name.
+plumbing/figures.py draws them. To add one, write such a function: it is then in --help and in the report. Its table is
+its figure until plumbing/figures.py has a function of the same name.
 
 Numbers go to RUN/figures/NAME.json (of several runs: out/figures/), the table to NAME.md, the figure to NAME.png. The
 same command again loads no model and only draws. evaluate.py keeps the answers: an interrupted command goes on, and
@@ -28,7 +28,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -37,48 +37,39 @@ from torch.nn.functional import normalize
 from tqdm import tqdm
 
 import model
-from data.estimate import Estimate, markdown
-from data.figures import draw, piece, quoted, spread
-from data.problems import Problems, benchmarks, problems_of, prompt_ids, segments
-from data.runs import check_seed, checksum, config_of, identity, keep, kept, label_of, lines_of, write
-from evaluate import Subject, answers, grader, vectors_of
+from data.paper import report
+from data.problems import Problems, benchmarks, problems_of, prompt_ids
+from evaluate import Estimate, answers, grader, markdown, vectors_of
+from model import Subject
+from plumbing.figures import draw, piece, quoted, spread
+from plumbing.files import checksum, config_of, identity, keep, kept, lines_of, write
+from plumbing.settings import CHANGE_NO_NUMBER, Usual, at_least, check_seed, flag, label_of, own_first
 from rewards import grade
 
 
-# fmt: off
+@own_first
 @dataclass
-class Config:
+class Config(model.Asking):
     name: tyro.conf.Positional[str]        # the analysis
     runs: tyro.conf.Positional[tuple[str, ...]] = ()  # run folders of train.py; report: their folder, out
-    n: int | None = None                   # problems, the first of a file; default 100, of case 4; all of benchmarks
+    n: Usual[int] = None                   # use the first N problems; default 100 (case: 4; with --benchmarks: all)
     benchmarks: tuple[str, ...] = ()       # accuracies: mean of data/NAME.jsonl; all: the papers' six; texts: the first
     seeds: tuple[int, ...] = ()            # of accuracies; default --seed alone, with --benchmarks 0 1 2 as evaluate.py
-    data: str | None = None                # jsonl of {problem, answer} instead; default the run's held-out problems
-    samples: int | None = None             # answers to each problem at T > 0; default 32 (AIME, AMC), 8 (GSM8K) or 1
+    data: Usual[str] = None                # jsonl of {problem, answer} instead; default the run's held-out problems
+    samples: Usual[int] = None             # answers to each problem at T > 0; default what the file says, or 1
     temperature: float = 1.0               # of answers and accuracies; sweep and prefix measure T = 1 and greedy
     seed: int = 0                          # of the answers that are read, and of random vectors
-    template: Literal["native", "qwen-math", "r1"] | None = None  # of the prompt; default: as in the run
-    system: str | None = None              # system message; default: as in the run
-    context: int | None = None             # tokens of prompt and answer; default the model's own, at most 32768
-    max_tokens: int | None = None          # longest answer in tokens; default as in the run
-    token: str | None = None               # prefix: the first token; default the one that shift finds at position 0
+    token: Usual[str] = None               # prefix: the first token; default the one that shift finds at position 0
     recipients: tuple[str, ...] = ()       # transfer: models that get the runs' vectors
     controls: bool = False                 # sweep, prefix: random vectors, vectors elsewhere; compose: halves
     through_norm: bool = True              # patch: heads see LN(X + s), as the authors' code; else LN(X) + s, as P4
     sample_heads: bool = False             # patch: accuracy for every head, too (P4 Fig. 5); with the HF sampler
     top: int = 10                          # lens: tokens listed
-    rows: int = 512                        # answers sampled at once; lower it when memory is short
-    sampler: Literal["auto", "hf", "vllm"] = "auto"  # auto: vllm where it is installed beside a CUDA device
-    vllm_memory: float = 0.45              # share of the GPU's memory for vLLM, beside the Hugging Face model
-    tensor_parallel: int = 1               # GPUs that the vLLM engine is spread over
-    out: str | None = None                 # folder of figure and numbers; default as above
-    device: str = "auto"                   # cpu, cuda, ...
-    dtype: str = "auto"                    # float32, bfloat16, ...
-# fmt: on
+    out: Usual[str] = None                 # folder of figure and numbers; default as above
 
 
 # settings that change no number, or stand in the key in another form
-FREE = "runs out device rows sampler vllm_memory tensor_parallel data benchmarks recipients".split()
+FREE = (*CHANGE_NO_NUMBER, "runs", "data", "benchmarks", "recipients")
 
 
 # ------------------------------------------------------------------------------------------------------------ the lab
@@ -191,7 +182,7 @@ class Lab:
     def answered(self, vectors: dict, label: str) -> tuple[list, list, list]:
         """(prompts, completions, ended): an answer of the steered model to every problem of `texts`, as ids."""
         T, seed = self.args.temperature, self.args.seed
-        found = answers(self.subject, vectors, self.texts, 1, T, seed, ids=True, bar=f"answers, {label}")
+        found = answers(self.subject, vectors, self.texts, 1, T, seed, bar=f"answers, {label}")
         return found["prompt_ids"], [c for (c,) in found["completion_ids"]], [e for (e,) in found["ended"]]
 
     def once(self, what: str, vectors: dict, compute):
@@ -206,7 +197,7 @@ class Lab:
 
 def stamp(run: Run) -> str:
     """A checksum of what a run trained; it changes when training goes on."""
-    return Subject(str(run.folder / "weights")).key["weights"] if run.full else identity(run.vectors)
+    return Subject(name=str(run.folder / "weights")).key["weights"] if run.full else identity(run.vectors)
 
 
 def open_runs(args: Config) -> list[Run]:
@@ -235,7 +226,7 @@ def open_lab(args: Config) -> Lab:
     if wanted.n is not None:
         if not args.benchmarks and file is None:
             sys.exit("the run was trained on --data without --held-out: say which problems to use with --data FILE")
-        sets = benchmarks(args.benchmarks, first.get("data")) if args.benchmarks else [problems_of(file)]
+        sets = benchmarks(args.benchmarks) if args.benchmarks else [problems_of(file)]
     n = args.n or (None if args.benchmarks and wanted.accuracies else wanted.n)
     room = {}  # at every place the largest tensor: the LoRA of the highest rank says how much room the engine needs
     for place, s in (item for run in runs for item in run.vectors.items()):
@@ -293,6 +284,22 @@ def moved(vectors: dict, depth: int) -> dict:
         return int(there) if there.isdigit() else there
 
     return {away(place): s for place, s in vectors.items()}
+
+
+def segments(prompts: list[list[int]], other: list[int]) -> list[list[str]]:
+    """
+    For every token of each prompt "system", "question" or "turn" (the template behind the question).
+
+    other: a prompt with a question that has nothing in common with theirs: what a prompt shares with it is the
+    template.
+    """
+    found = []
+    for prompt in prompts:
+        room = min(len(prompt), len(other))
+        before = next((i for i in range(room) if prompt[i] != other[i]), room)
+        after = next((i for i in range(room - before) if prompt[-1 - i] != other[-1 - i]), room - before)
+        found.append(["system"] * before + ["question"] * (len(prompt) - before - after) + ["turn"] * after)
+    return found
 
 
 def resampled(n: int, draws: int = 1000) -> torch.Tensor:
@@ -492,7 +499,7 @@ def prefix(lab: Lab) -> dict:
         share = forced.share(base, vector)
         gains = (vector - base).text("+"), (forced - base).text("+")
         said.append(f"{decoding}: the vector gains {gains[0]} points, the token {gains[1]}")
-        said[-1] += "" if share.open else f", {share.plain()} of it"
+        said[-1] += "" if share.unclear else f", {share.plain()} of it"
         table += [[decoding, name, one.text(), (one - base).text("+")] for name, one in row.items()]
         found[decoding] = row | {"share": share}
     reading = f"The first token {quoted(token)}, forced, against the vector: " + "; ".join(said) + "."
@@ -635,7 +642,7 @@ def compose(lab: Lab) -> dict:
         best = max(pairs, key=lambda name: found[kind + name].value)  # noqa: B023, used at once
         over = [g["over_single"] for g in gain.values()]
         below, above = sum(o.interval[1] < 0 for o in over), sum(o.interval[0] > 0 for o in over)
-        crosses, unclear = sum(g["cross"] for g in gain.values()), sum(g["share"].open for g in gain.values())
+        crosses, unclear = sum(g["cross"] for g in gain.values()), sum(g["share"].unclear for g in gain.values())
         said.append(
             f"The best pair{words} is {best}, {found[kind + best].text()} %. On average a pair is "
             f"{100 * statistics.mean(o.value for o in over):+.1f} points over the better single. Of {len(pairs)} pairs "
@@ -643,7 +650,7 @@ def compose(lab: Lab) -> dict:
             "all layers are not clearly above the single."
         )
         for name, g in gain.items():
-            share = "not to be judged" if g["share"].open else g["share"].plain()
+            share = "not to be judged" if g["share"].unclear else g["share"].plain()
             table.append([kind + name, found[kind + name].text(), g["over_single"].text("+"), share])
         gains[kind] = gain
     reading = " ".join(said) + f" All layers: {found['all'].text()} %."
@@ -688,7 +695,7 @@ def transfer(lab: Lab) -> dict:
         found[recipient.name] = {"accuracies": row, "shares": shares}
         for run in lab.runs:
             name, gain = run.folder.name, row[run.folder.name] - row["base"]
-            share = shares[name].plain() if name in shares and not shares[name].open else ""
+            share = shares[name].plain() if name in shares and not shares[name].unclear else ""
             table.append([recipient.name, name, row[name].text(), gain.text("+"), share])
             if run.config["model"] != recipient.name:
                 foreign.append((gain.value, name, recipient.name, gain.text("+"), share))
@@ -1245,11 +1252,7 @@ def check(args: Config) -> None:
     """Exit with one line for settings that cannot work."""
     if args.name not in ANALYSES:
         sys.exit(f"no analysis {args.name!r}; there are {', '.join(ANALYSES)} and report")
-    for name in ("n", "samples", "top", "rows", "context", "max_tokens"):
-        if (value := getattr(args, name)) is not None and value < 1:
-            sys.exit(f"--{name.replace('_', '-')} wants at least 1, got {value}")
-    if args.temperature < 0:
-        sys.exit(f"--temperature wants a number from 0 up, got {args.temperature}")
+    at_least(args, n=1, samples=1, top=1, rows=1, context=1, max_tokens=1, tensor_parallel=1, temperature=0)
     check_seed(args.seed)
     if args.benchmarks and args.data:
         sys.exit("give either --benchmarks or --data")
@@ -1268,18 +1271,15 @@ def command(args: Config) -> str:
     given = [args.name, *args.runs]
     for name, value in asdict(args).items():
         if name not in ("name", "runs", "out", "device") and value != getattr(Config, name, None):
-            flag = name.replace("_", "-")
             if isinstance(value, bool):
-                given.append(f"--{flag}" if value else f"--no-{flag}")
+                given.append(flag(name) if value else flag(f"no_{name}"))
             else:
-                given += [f"--{flag}", *map(str, value if isinstance(value, tuple) else [value])]
+                given += [flag(name), *map(str, value if isinstance(value, tuple) else [value])]
     return "python analyze.py " + shlex.join(given)
 
 
 def main(args: Config) -> dict | None:
     if args.name == "report":
-        from data.paper import report  # here, because only this command needs it
-
         print(f"wrote {report(Path(args.runs[0] if args.runs else 'out'), list(ANALYSES))}")
         return None
     check(args)

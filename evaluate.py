@@ -1,6 +1,6 @@
 """
 Measure a run, or a base model, on problems with known answers. Every accuracy of the project is made here: `answers`
-asks, grades and keeps, `Estimate` (data/estimate.py) is a number with its interval over problems.
+asks, grades and keeps the answers, `Estimate` is a number with its interval over problems.
 
 $ python evaluate.py out/tiny-layer27                        # the run and its base model, on data/tiny/test.jsonl
 $ python evaluate.py --model tiny --prefix To                # a base model with the first token forced (P1 Sec. 3)
@@ -9,157 +9,47 @@ $ python evaluate.py out/NAME --data mine.jsonl --samples 4 --seeds 0 1 2
 
 Prints a table and writes it to the run folder as eval.md, its numbers as eval.json: accuracies of run and base model,
 their difference, 95 % intervals over problems. Answers are kept in out/answers/, those of train.py and analyze.py too,
-and are not computed again: an interrupted command is given again and goes on.
+and are not computed again: run an interrupted command again, and it goes on.
 """
 
 import json
 import os
+import statistics
 import sys
 import time
-from dataclasses import dataclass, field
-from functools import cache, cached_property
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache, partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
 
+import numpy as np
 import torch
 import tyro
 
 import model
 import rewards
-from data.estimate import average, summary, write_table
-from data.problems import PAPERS, Problems, prompt_ids, sets_of
-from data.runs import base_checksum, checksum, config_of, identity, keep, kept
-from plumbing.gguf import is_gguf
+from data.problems import PAPERS, Problems, benchmarks, problems_of, prompt_ids
+from model import Subject
+from plumbing.files import FAMILY, TINY, checksum, config_of, identity, keep, kept, lines_of, write
+from plumbing.settings import Usual, at_least, own_first
 from rewards import grade
 
 
+@own_first
 @dataclass
-class Config:
-    run: tyro.conf.Positional[str | None] = None  # run folder of train.py; its config.json names the model
-    model: str | None = None               # base model, instead of a run: tiny, a folder, a .gguf file or a hub id
+class Config(model.Asking):
+    run: tyro.conf.Positional[Usual[str]] = None  # run folder of train.py; its config.json names the model
+    model: Usual[str] = None               # base model, instead of a run: tiny, a folder, a .gguf file or a hub id
     benchmarks: tuple[str, ...] = ()       # names of data/NAME.jsonl (made by data/prepare.py), or all: the papers' six
-    data: str | None = None                # jsonl of {problem, answer} instead; default data/tiny/test.jsonl
-    problems: int | None = None            # use only the first N problems
-    samples: int | None = None             # answers to a problem; default 32 (AIME, AMC), 8 (GSM8K), 1; greedy 1
+    data: Usual[str] = None                # jsonl of {problem, answer} instead; default data/tiny/test.jsonl
+    problems: Usual[int] = None            # use only the first N problems
+    samples: Usual[int] = None             # answers to a problem at T > 0; default what the file says (AIME: 32), or 1
     temperatures: tuple[float, ...] = (1.0, 0.0)  # 0 decodes greedily
     seeds: tuple[int, ...] = ()            # of the sampler; default 0, with --benchmarks 0 1 2 as in the papers
     base: bool = True                      # measure the run's base model too, and the difference
     checkpoints: bool = False              # measure what train.py --keep-every kept instead, and choose among it
-    template: Literal["native", "qwen-math", "r1"] | None = None  # of the prompt; default: as in the run
-    system: str | None = None              # system message; default: as in the run
     prefix: str = ""                       # text that every answer begins with, for example To
-    context: int | None = None             # tokens of prompt and answer; default the model's own, at most 32768
-    max_tokens: int | None = None          # longest answer in tokens; default as in the run, or what the context leaves
-    sampler: Literal["auto", "hf", "vllm"] = "auto"  # auto: vllm where it is installed beside a CUDA device
-    vllm_memory: float = 0.45              # share of the GPU's memory for vLLM, beside the Hugging Face model
-    tensor_parallel: int = 1               # GPUs that the vLLM engine is spread over
-    rows: int = 512                        # answers sampled at once; lower it when memory is short
-    out: str | None = None                 # folder of the table; default the run folder, or out/MODEL-base
-    device: str = "auto"                   # cpu, cuda, ...
-    dtype: str = "auto"                    # float32, bfloat16, ...
-
-
-# ------------------------------------------------------------------------------------------------- a model under test
-
-
-@dataclass
-class Subject:
-    """A model under test and how it is asked. It is loaded when it is first needed; `key` needs its files alone."""
-
-    name: str
-    template: str | None = None
-    system: str | None = None
-    context: int | None = None  # tokens of prompt and answer; default the model's own, at most the papers' 32K
-    max_tokens: int | None = None
-    device: str = "auto"
-    dtype: str = "auto"
-    sampler: str = "auto"
-    vllm_memory: float = 0.45
-    tensor_parallel: int = 1
-    rows: int = 512
-    holds: dict = field(default_factory=dict)  # vectors that it will be given: vLLM makes room for them when it starts
-    folder: Path = Path("out/answers")
-
-    def __post_init__(self):
-        self.config = model.load_config(self.name)
-        self.device, self.dtype = model.resolve(self.device, self.dtype)
-        self.context = min(self.context or 32768, self.config.max_position_embeddings)
-        if self.max_tokens is None and self.name in model.FAMILY:
-            self.max_tokens = 80
-        self.weights = self.inside = self.name  # whose weights are wanted, whose are in the loaded model
-        self.started = None
-
-    @classmethod
-    def of_run(cls, config: dict, args, **more) -> "Subject":
-        """As a run with this config.json asks its model; settings that are given in args go first."""
-        how = {name: config.get(name) for name in ("template", "system", "max_tokens")}  # its context is for training
-        how |= {"name": config["model"], "dtype": config.get("dtype", "auto")}
-        names = ("template", "system", "max_tokens", "context", "dtype", "device")
-        for name in (*names, "sampler", "vllm_memory", "tensor_parallel", "rows"):
-            if (given := getattr(args, name, None)) not in (None, "auto"):
-                how[name] = given
-        return cls(**(how | more))
-
-    @property
-    def depth(self) -> int:
-        return self.config.num_hidden_layers
-
-    @property
-    def samples_with(self) -> str:
-        """ "hf", or "vllm"; exits with a line where vLLM cannot hold the vectors."""
-        kind = "a .gguf file" if is_gguf(self.name) else self.config.architectures[0]
-        return model.choose_sampler(self.sampler, self.device, kind, self.holds)
-
-    @property
-    def key(self) -> dict:
-        """What its answers depend on, from files alone; of a hub model the commit."""
-        names = ("name", "template", "system", "context", "max_tokens", "dtype")
-        weights = base_checksum(self.weights)
-        return {name: getattr(self, name) for name in names} | {"weights": weights, "sampler": self.samples_with}
-
-    @cached_property
-    def loaded(self) -> tuple:
-        return model.load(self.name, self.device, self.dtype)
-
-    @property
-    def tokenizer(self):
-        return self.loaded[1]
-
-    @property
-    @torch.no_grad()
-    def llm(self):
-        llm = self.loaded[0]
-        if self.inside != self.weights:
-            other = dict(model.load(self.weights, str(llm.device), self.dtype)[0].named_parameters())
-            for name, weight in llm.named_parameters():
-                weight.copy_(other[name])
-            self.inside = self.weights
-            if self.started is not None:
-                self.started.push_weights(llm)
-        return llm
-
-    def swap(self, name: str) -> None:
-        """Take the weights of another model of the same shape (a run's of --method full) when they are next needed."""
-        self.weights = name
-
-    def prompt(self, row: dict) -> list[int]:
-        """Token ids of a problem as it is asked here."""
-        return prompt_ids(self.tokenizer, row["problem"], self.system, self.template)
-
-    def engine(self, rows: list[dict]):
-        """The vLLM engine, tested on the first problems; None where the model itself samples."""
-        if self.started is None and self.samples_with == "vllm":
-            prompts = [self.prompt(row) for row in rows[:8]]
-            how = dict(memory=self.vllm_memory, tensor_parallel=self.tensor_parallel, max_rows=self.rows)
-            self.started = model.open_engine(self.name, self.loaded[0], prompts, self.context, self.holds, **how)
-        return self.started
-
-    def rollouts(self, vectors: dict, rows: list[dict], k: int, **how) -> model.Rollouts:
-        """k answers to each problem. how: more of model.rollouts."""
-        settings = {name: getattr(self, name) for name in ("max_tokens", "system", "template", "context")}
-        settings |= {"max_rows": self.rows, "engine": self.engine(rows)} | how
-        return model.rollouts(self.llm, self.tokenizer, vectors, [row["problem"] for row in rows], k, **settings)
+    out: Usual[str] = None                 # folder of the table; default the run folder, or out/MODEL-base
 
 
 # ---------------------------------------------------------------------------------------------------- ask, grade, keep
@@ -172,18 +62,18 @@ def grader() -> str:
 
 
 def answers(
-    subject: Subject, vectors: dict, problems: Problems, k=1, temperature=1.0, seed=0, prefix="", ids=False, bar=None
+    subject: Subject, vectors: dict, problems: Problems, k=1, temperature=1.0, seed=0, prefix="", bar=None
 ) -> dict[str, list]:
     """
     Answer every problem k times (greedily once) with the steered model, {} for the base, and grade: lists by problem.
 
     {"correct": [problem][sample] rewards, "completions": texts, "ended": False where cut off, "lengths": tokens,
-    "seconds", "grader"}; with ids also "prompt_ids" and "completion_ids". Kept answers are read: 300 are the first of
+    "prompt_ids", "completion_ids", "seconds", "grader"}. Kept answers are reused: 300 asked for are the first 300 of
     1,000 kept ones, and to 300 kept ones 700 are added, because a problem's answers depend on its own seed alone.
-    Those that another grader graded are graded again, not sampled again.
+    Answers that another grader graded are graded again, not sampled again.
     """
     k, seed = (k, seed) if temperature else (1, 0)
-    key = subject.key | {"vectors": identity(vectors), "data": problems.checksum, "prefix": prefix, "ids": ids}
+    key = subject.key | {"vectors": identity(vectors), "data": problems.checksum, "prefix": prefix}
     key |= {"samples": k, "temperature": temperature, "seed": seed}
     name = f"{problems.name}-T{temperature:g}-seed{seed}-{checksum(json.dumps(key).encode())}.json"
     found = kept(subject.folder / name, key) or {}
@@ -205,15 +95,91 @@ def answers(
             "completions": rolled.texts,
             "ended": rolled.ended,
             "lengths": [len(c) for c in rolled.completions],
+            "completion_ids": rolled.completions,
         }
-        if ids:
-            by_row |= {"completion_ids": rolled.completions}
         new = {what: [flat[i : i + k] for i in range(0, len(flat), k)] for what, flat in by_row.items()}
         new |= {"seconds": [seconds / len(rows)] * len(rows), "grader": [grader()] * len(rows)}
-        if ids:
-            new["prompt_ids"] = rolled.prompts[::k]
+        new |= {"prompt_ids": rolled.prompts[::k]}
         found = keep(subject.folder / name, key, {what: found.get(what, []) + part for what, part in new.items()})
     return {what: part[:n] for what, part in found.items()}
+
+
+# ----------------------------------------------------------------------------------------- a number and its interval
+
+
+@lru_cache(4)
+def resamples(n: int, draws: int = 10_000) -> np.ndarray:
+    """Bootstrap samples of n problems, (draws, n): the same for every estimate, so that estimates are paired."""
+    return np.random.default_rng(0).integers(n, size=(draws, n)).astype(np.int32)
+
+
+class Estimate:
+    """
+    A number over problems with bootstrap draws of it.
+
+    Whole problems are resampled, because the answers to one are not independent. All estimates over n problems resample
+    the same ones, so the draws of a - b are those of the difference: what is hard for both does not count as noise.
+    """
+
+    def __init__(self, value: float | None, draws: np.ndarray, unclear: bool = False):
+        self.value, self.draws, self.unclear = value, draws, unclear
+
+    @classmethod
+    def of(cls, rows: list[list[float]]) -> "Estimate":
+        """The mean of the rows' means. rows: [problem][sample], for example 0 or 1."""
+        means = np.array([np.mean(row) for row in rows])
+        return cls(float(means.mean()), means[resamples(len(means))].mean(1))
+
+    @classmethod
+    def mean(cls, parts: list["Estimate"]) -> "Estimate":
+        """The mean over different sets of problems (benchmarks of equal weight), drawn independently of each other."""
+        draws = [np.random.default_rng(i).permutation(part.draws) for i, part in enumerate(parts)]
+        return cls(statistics.mean(part.value for part in parts), np.mean(draws, 0))
+
+    @classmethod
+    def largest(cls, *parts: "Estimate") -> "Estimate":
+        """The largest of paired estimates, chosen anew in every draw."""
+        return cls(max(part.value for part in parts), np.max([part.draws for part in parts], 0))
+
+    def __sub__(self, other: "Estimate") -> "Estimate":
+        return Estimate(self.value - other.value, self.draws - other.draws)
+
+    def __truediv__(self, other: "Estimate") -> "Estimate":
+        """The ratio of paired estimates: None where the divisor is 0, without the draws where it is."""
+        fine = other.draws != 0
+        return Estimate(self.value / other.value if other.value else None, self.draws[fine] / other.draws[fine])
+
+    def share(self, zero: "Estimate", whole: "Estimate") -> "Estimate":
+        """
+        (self - zero) / (whole - zero), the share of a gain. (0.3, 0.2, 0.6) -> 0.25
+
+        `unclear` is True where the interval of whole - zero is not above 0: then the share says nothing.
+        """
+        found = (self - zero) / (whole - zero)
+        found.unclear = (whole - zero).interval[0] <= 0
+        return found
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """(low, high) of the 95 % percentile interval; without any draws not a number."""
+        low, high = np.percentile(self.draws, [2.5, 97.5]) if len(self.draws) else (float("nan"),) * 2
+        return float(low), float(high)
+
+    def text(self, sign: str = "") -> str:
+        """In percent: "43.2 [41.0, 45.4]"; with sign "+" as a difference, in points."""
+        low, high = self.interval
+        return f"{100 * self.value:{sign}.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+
+    def plain(self, digits: int = 2) -> str:
+        """As it is, with so many significant digits: "0.61 [0.6, 0.64]"."""
+        low, high = self.interval
+        return f"{self.value:.{digits}g} [{low:.{digits}g}, {high:.{digits}g}]"
+
+    def json(self) -> dict:
+        return {"value": self.value, "interval_95": self.interval} | ({"unclear": True} if self.unclear else {})
+
+
+# ----------------------------------------------------------------------------------------------------------- the table
 
 
 def measure(subject: Subject, vectors: dict, sets: list[Problems], args: Config, who: str) -> dict:
@@ -233,17 +199,204 @@ def measure(subject: Subject, vectors: dict, sets: list[Problems], args: Config,
     return found
 
 
+def summary(results: list[dict]) -> dict:
+    """The answers of several seeds as one row: accuracy (an Estimate), standard deviation over seeds, counts."""
+    correct = [sum(rows, []) for rows in zip(*(r["correct"] for r in results))]  # [problem][samples of all seeds]
+    by_seed = [statistics.mean(map(statistics.mean, r["correct"])) for r in results]
+    lengths = [length for r in results for row in r["lengths"] for length in row]
+    return {
+        "accuracy": Estimate.of(correct),
+        "by_seed": by_seed,
+        "sd_over_seeds": statistics.pstdev(by_seed) if len(by_seed) > 1 else None,  # divisor n, as the papers
+        "problems": len(correct),
+        "samples": len(correct[0]),  # of all seeds together
+        "seeds": len(results),
+        "truncated": 1 - statistics.mean(ended for r in results for row in r["ended"] for ended in row),
+        "tokens_mean": statistics.mean(lengths),
+        "tokens_per_second": sum(lengths) / sum(sum(r["seconds"]) for r in results),
+    }
+
+
+def average(found: list[dict]) -> dict:
+    """The mean of several benchmarks' summaries, and its standard deviation over seeds."""
+    by_seed = [statistics.mean(seed) for seed in zip(*(row["by_seed"] for row in found))]
+    mean = Estimate.mean([row["accuracy"] for row in found])
+    return {"accuracy": mean, "sd_over_seeds": statistics.pstdev(by_seed) if len(by_seed) > 1 else None}
+
+
+def cell(found: dict | None, sign: str = "") -> str:
+    """43.2 ±0.3 [41.0, 45.4] in percent."""
+    if found is None:
+        return ""
+    value, _, interval = found["accuracy"].text(sign).partition(" ")
+    spread = found.get("sd_over_seeds")
+    return f"{value} {interval}" if spread is None else f"{value} ±{100 * spread:.1f} {interval}"
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    """A table with aligned columns; columns without any entry are left out."""
+    used = [i for i in range(len(head)) if any(row[i] for row in rows)]
+    table = [[row[i] for i in used] for row in [head, *rows]]
+    widths = [max(map(len, column)) for column in zip(*table)]
+    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths)) + " |" for row in table]
+    lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
+    return "\n".join(lines)
+
+
+def counts(name: str, about: dict) -> list[str]:
+    """The table's columns on how a number was measured."""
+    if "problems" not in about:
+        return [""] * 6
+    k = about["samples"] // about["seeds"]
+    metric = f"mean@{k}"  # the papers: PASS@1, mean@8, AVG@32
+    truncated, tokens = f"{100 * about['truncated']:.1f} %", f"{about['tokens_mean']:.0f}"
+    return [metric, f"{about['problems']}", f"{about['seeds']}", truncated, tokens, f"{about['tokens_per_second']:.0f}"]
+
+
+def write_table(found: dict, what: str, out: Path) -> None:
+    """Print the table, write eval.md and eval.json. found: {(benchmark, temperature): {who: summary}}."""
+    head = ["benchmark", "decoding", "steered %", "base %", "difference"]
+    head += ["metric", "problems", "seeds", "truncated", "tokens", "tokens/s"]
+    rows, numbers = [], []
+    for (name, temperature), row in found.items():
+        cells = [cell(row.get("steered")), cell(row.get("base")), cell(row.get("difference"), "+")]
+        cells += counts(name, row.get("steered") or row["base"])
+        rows.append([name, f"T = {temperature:g}" if temperature else "greedy", *cells])
+        numbers.append({"benchmark": name, "temperature": temperature})
+        for who, part in row.items():
+            rest = {key: x for key, x in part.items() if key != "accuracy"}
+            numbers[-1][who] = rest | part["accuracy"].json()
+    table = markdown(head, rows)
+    text = f"{what}. Percent of right answers, 95 % intervals over problems"
+    text += "; ± is the standard deviation over seeds (divisor: their number, as in the papers)" if "±" in table else ""
+    print(f"\n{text}\n\n{table}")
+    write(out / "eval.md", f"{text}\n\n{table}\n")
+    write(out / "eval.json", json.dumps(numbers, indent=1, default=Estimate.json) + "\n")
+    print(f"\nwrote eval.md and eval.json to {out}")
+
+
+def compare_with_base(subject, vectors: dict, problems: Problems, base: str, seed: int) -> float:
+    """
+    Print accuracies of run and base model, their difference, three answers; returns the base's accuracy at T = 1.
+
+    subject: the model of the run; with --method full its weights are the trained ones. base: name of the base model.
+    """
+    found = {}
+    for who, given in (("steered", vectors), ("base", {})):
+        if who == "base":
+            subject.swap(base)
+        for t in (1.0, 0.0):
+            found[who, t] = answers(subject, given, problems, 1, t, seed, bar=f"{who}, held out, T = {t:g}")
+    accuracy = {key: Estimate.of(x["correct"]) for key, x in found.items()}
+    accuracy |= {("difference", t): accuracy["steered", t] - accuracy["base", t] for t in (1.0, 0.0)}
+    print(f"\nright answers to {len(problems.rows)} held-out problems in %, with 95 % intervals over problems\n")
+    table = [[who, accuracy[who, 1.0].text(), accuracy[who, 0.0].text()] for who in ("base", "steered", "difference")]
+    print(markdown(["model", "T = 1", "greedy"], table))
+    for i, row in enumerate(problems.rows[:3]):
+        print(f"\n{row['problem']}  (answer: {row['answer']})")
+        for who in ("base", "steered"):
+            verdict = "right" if found[who, 1.0]["correct"][i][0] else "wrong"
+            print(f"  {who}, T = 1, {verdict}: " + found[who, 1.0]["completions"][i][0].replace("\n", "\n    "))
+    return accuracy["base", 1.0].value
+
+
+# --------------------------------------------------------------------------------------------------------- checkpoints
+
+# The authors plot the best of several checkpoints, chosen by the test score. Chosen and measured on the same problems
+# it is too high. So `checkpoints` also chooses by training problems that no step has seen, and shows the difference.
+
+
+def unseen(run: Path, config: dict, subject: Subject) -> Problems:
+    """Problems of a run's training file that none of its steps drew, at most 400. metrics.jsonl has what was drawn."""
+    data = problems_of(config["data"])
+    seen = {line for row in lines_of(run / "metrics.jsonl") for line in row["problems"]}
+    asked = partial(prompt_ids, subject.tokenizer, system=config.get("system"), template=config.get("template"))
+    rows = [row for row in data.rows if row["line"] not in seen and len(asked(row["problem"])) < config["context"]]
+    return Problems(f"unseen-{data.name}", rows[:400], checksum(json.dumps(rows[:400]).encode()))
+
+
+def folders_of(run: Path) -> dict[int, Path]:
+    """{steps done: folder} of the checkpoints, and of the run itself, whose step is the last."""
+    found = {int(path.name): path for path in sorted((run / "checkpoints").glob("[0-9]*")) if path.name.isdigit()}
+    if not found:
+        sys.exit(f"no checkpoints in {run}: train with --keep-every N, for example 53 as the authors")
+    last = torch.load(run / "state.pt", map_location="cpu", weights_only=True, mmap=True)["step"]
+    return found | {last: run}
+
+
+def chosen(test: dict[int, Estimate], validation: dict[int, Estimate]) -> dict[str, int]:
+    """The step that each rule takes: the last, the best on unseen training or on test problems, of equals the first."""
+    rules = {"last": max(test)}
+    if validation:
+        rules["best on unseen training problems"] = max(validation, key=lambda step: validation[step].value)
+    return rules | {"best on the test problems": max(test, key=lambda step: test[step].value)}
+
+
+def checkpoints(subject: Subject, config: dict, run: Path, sets: list[Problems], args) -> dict:
+    """
+    Measure a run's checkpoints; print a table, write checkpoints.md and checkpoints.json to the run folder.
+
+    args: evaluate.py's. Test accuracy: the mean over `sets`, at the first of args.temperatures.
+    Returns {"test", "validation": {step: Estimate}, "rules": {rule: step}, "difference": Estimate or None}.
+    """
+    folders, test, validation = folders_of(run), {}, {}
+    T, others = args.temperatures[0], unseen(run, config, subject)
+    for step, folder in folders.items():
+        vectors, _ = vectors_of(folder, config)
+        if config.get("method") == "full":
+            subject.swap(str(folder / "weights"))
+        found = measure(subject, vectors, sets, replace(args, temperatures=(T,)), f"step {step}")
+        parts = [found[problems.name, T]["accuracy"] for problems in sets]
+        test[step] = parts[0] if len(parts) == 1 else Estimate.mean(parts)
+        if others.rows:
+            bar = f"step {step}, {others.name}"
+            right = answers(subject, vectors, others, 1, T, 0, args.prefix, bar=bar)["correct"]
+            validation[step] = Estimate.of(right)
+    rules = chosen(test, validation)
+    fair, optimistic = rules.get("best on unseen training problems", rules["last"]), rules["best on the test problems"]
+    difference = test[optimistic] - test[fair]
+    table = []
+    for step in folders:
+        names = ", ".join(rule for rule, taken in rules.items() if taken == step)
+        table.append([str(step), validation[step].text() if validation else "", test[step].text(), names])
+    head = ["step", f"{len(others.rows)} unseen training problems %", "test problems %", "chosen as"]
+    names = ", ".join(f"{problems.name} ({len(problems.rows)})" for problems in sets)
+    text = f"{run}, T = {T:g}; test problems: {names}; 95 % intervals over problems\n\n{markdown(head, table)}\n\n"
+    if not validation:
+        text += f"After {max(folders)} steps no training problem is unseen, so the last step is the fair choice.\n"
+    text += "The best on the test problems is how the authors choose; its own accuracy is too high, for the same "
+    text += f"problems choose and measure. The choice adds {difference.text('+')} points here.\n"
+    print(f"\n{text}")
+    out = Path(args.out or run)
+    write(out / "checkpoints.md", text)
+    numbers = {"test": test, "validation": validation, "rules": rules, "difference": difference}
+    write(out / "checkpoints.json", json.dumps(numbers, indent=1, default=Estimate.json) + "\n")
+    print(f"wrote checkpoints.md and checkpoints.json to {out}")
+    return numbers
+
+
 # ------------------------------------------------------------------------------------------------------- the command
+
+
+def sets_of(args, run: dict) -> list[Problems]:
+    """What evaluate.py's settings ask for (benchmarks, data, problems), for a run with this config."""
+    usual = run["model"] in FAMILY and run.get("data") in (None, "data/tiny/train.jsonl")
+    own = TINY / "test.jsonl" if usual else None
+    if args.benchmarks:
+        sets = benchmarks(args.benchmarks)
+    elif (file := args.data or run.get("held_out") or own) is None:
+        sys.exit("--benchmarks NAME... or --data FILE is needed: the run has no held-out problems")
+    else:
+        sets = [problems_of(file)]
+    return [problems.first(args.problems) for problems in sets]
 
 
 def check(args: Config) -> None:
     """Exit with one line for a setting that cannot work."""
     if (args.run is None) == (args.model is None):
         sys.exit("give either a run folder (python evaluate.py out/NAME) or a base model (--model tiny)")
-    for name in ("problems", "samples", "max_tokens", "rows", "context", "tensor_parallel"):
-        if (value := getattr(args, name)) is not None and value < 1:
-            sys.exit(f"--{name.replace('_', '-')} wants at least 1, got {value}")
-    if not args.temperatures or min(args.temperatures) < 0:
+    at_least(args, problems=1, samples=1, max_tokens=1, rows=1, context=1, tensor_parallel=1, temperatures=0)
+    if not args.temperatures:
         sys.exit("--temperatures wants one or more numbers from 0 up")
     if args.benchmarks and args.data:
         sys.exit("give either --benchmarks or --data")
@@ -275,8 +428,6 @@ def main(args: Config) -> dict:
     folder = Path(args.run or "out/base").parent / "answers"  # beside the run, where train.py and analyze.py look, too
     subject, found = Subject.of_run(run, args, holds=vectors, folder=folder), {}
     if args.checkpoints:
-        from data.compare import checkpoints  # here, because it measures with this file
-
         return checkpoints(subject, run, Path(args.run), sets, args)
     if args.base or args.run is None:
         found["base"] = measure(subject, {}, sets, args, "base")

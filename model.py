@@ -1,6 +1,6 @@
 """
 The frozen LLM and its steering vectors: load a model, add vectors to its residual stream, sample, score given tokens,
-save and load vectors. Nothing here knows about rewards or training. vLLM, the sampler for GPUs, comes last.
+save and load vectors. Nothing here knows about rewards or training. vLLM, the sampler for GPUs: plumbing/vllm.py.
 
 A vector s_l is added to the residual stream at the end of decoder layer l (0-based), at every position, prompt included
 (arXiv:2509.06608, Sec. 2). Vectors are a plain dict {place: fp32 tensor}. A place says where a tensor acts:
@@ -16,21 +16,21 @@ Shapes: N prompts, k samples of each, B = N*k rows, P prompt tokens, C completio
 V vocabulary, F width inside the MLP, r rank of a LoRA.
 """
 
-import os
 import re
 import sys
-import time
 import zlib
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field, fields
+from functools import cached_property, partial
 from importlib.util import find_spec
 from pathlib import Path
 from struct import error as StructError
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -38,12 +38,12 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCa
 from transformers.cache_utils import DynamicCache
 from transformers.utils import logging
 
-from data import shared_prompts
 from data.problems import prompt_ids
-from data.runs import FAMILY, TINY, base_checksum, source_of, written  # noqa: F401
-from data.shared_prompts import batches  # noqa: F401
-from data.vllm_model import VLLM_MODELS, register_vllm_models
-from plumbing import gguf
+from plumbing import fast, gguf_file, memory
+from plumbing.fast import batches
+from plumbing.files import FAMILY, base_checksum, is_gguf, source_of, written
+from plumbing.settings import Usual
+from plumbing.vllm import VLLM, VLLM_MODELS
 
 # no such id, no connection; no causal LM; broken file; a package or an architecture that GGUF files need is missing
 UNREADABLE = (OSError, ValueError, SafetensorError, ImportError, NotImplementedError, KeyError, IndexError, StructError)
@@ -58,12 +58,12 @@ def load(name: str = "tiny", device: str = "auto", dtype: str = "auto"):
     name: "tiny" (the built-in model), a relative of it (FAMILY), a folder in the Hugging Face format, a .gguf file, or
     a hub id.
     """
-    device, dtype = resolve(device, dtype)
+    device, dtype = resolve(device, dtype, load_config(name))
     source, how = source_of(name), dict(dtype=getattr(torch, dtype))
     logging.disable_progress_bar()  # one bar for every few tensors loaded hides what the program prints
     try:
-        if gguf.is_gguf(source):
-            llm, tokenizer = gguf.load(source, **how)
+        if is_gguf(source):
+            llm, tokenizer = gguf_file.load(source, **how)
         else:
             tokenizer = AutoTokenizer.from_pretrained(source)
             llm = AutoModelForCausalLM.from_pretrained(source, use_safetensors=True, **how)
@@ -82,7 +82,7 @@ def load_config(name: str):
     """The config of a model, from its files alone. name: as for `load`."""
     source = source_of(name)
     try:
-        config = gguf.config_of(source) if gguf.is_gguf(source) else AutoConfig.from_pretrained(source)
+        config = gguf_file.config_of(source) if is_gguf(source) else AutoConfig.from_pretrained(source)
     except UNREADABLE as error:
         sys.exit(cannot_load(name, error))
     if not config.architectures and type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -90,21 +90,30 @@ def load_config(name: str):
     return config
 
 
-def resolve(device: str, dtype: str) -> tuple[str, str]:
-    """What "auto" stands for: CUDA if there is one; bfloat16 there, float32 on a CPU."""
+def resolve(device: str, dtype: str, config) -> tuple[str, str]:
+    """
+    What "auto" stands for: CUDA if there is one, and bfloat16 there. config: of the model.
+
+    On a CPU the checkpoint's own where the processor multiplies bfloat16 (two to four times faster), else float32.
+    """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if dtype == "auto":
-        dtype = "float32" if device == "cpu" else "bfloat16"
+        dtype = "bfloat16" if device != "cpu" or config.dtype == torch.bfloat16 and native_bfloat16() else "float32"
     if dtype not in ("float32", "bfloat16", "float16"):
         sys.exit(f"--dtype wants auto, float32, bfloat16 or float16, got {dtype!r}")
     return device, dtype
 
 
+def native_bfloat16() -> bool:
+    """Whether this CPU has instructions for products of bfloat16 numbers (avx512_bf16, amx_bf16, those of ARM)."""
+    return any(there for name, there in torch.cpu.get_capabilities().items() if name.endswith("bf16"))
+
+
 def cannot_load(name: str, error: Exception) -> str:
     wanted = "give 'tiny', a local folder, a .gguf file or a hub id (offline, one that is in the local cache)"
-    if gguf.is_gguf(name):
-        wanted = f"transformers reads GGUF files of {gguf.readable()}"
+    if is_gguf(name):
+        wanted = f"transformers reads GGUF files of {gguf_file.readable()}"
     return f"cannot load the model {name!r}: {wanted}. The reason: {str(error).strip().splitlines()[0]}"
 
 
@@ -288,7 +297,7 @@ def sample(
     temperature: 0 decodes greedily, token for token as `generate`.
     seed: one number, or one for each prompt. A prompt's answers depend on its own seed alone, not on the batch it is
     in (up to rounding).
-    max_rows: rows decoded at once, fewer if a GPU's memory is short, but all k of a prompt.
+    max_rows: rows decoded at once, fewer if memory is short, but all k of a prompt.
     Returns N*k completions as token ids, prompt by prompt, and for each whether it ended by itself.
     keep: a layer; a third list has the states that enter it, for every completion those of its prompt (P, D) and of its
     tokens but the last (C - 1, D).
@@ -297,11 +306,9 @@ def sample(
     limits = max_tokens if isinstance(max_tokens, list) else [max_tokens] * len(prompts)
     seeds = seed if isinstance(seed, list) else prompt_seeds(seed, range(len(prompts)))
     assert temperature >= 0 and k >= 1 and min(limits) >= 1, (temperature, k, min(limits))
-    if llm.device.type == "cuda":  # keys and values of a row, should its answer be as long as it may
-        c, T = llm.config.get_text_config(), max(map(len, prompts)) + max(limits)
-        size = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-        row = 2 * c.num_hidden_layers * c.num_key_value_heads * size * llm.dtype.itemsize * T
-        max_rows = min(max_rows, int(0.7 * torch.cuda.mem_get_info(llm.device)[0] / row))
+    row = memory.cache_bytes(llm.config, 4 if llm.device.type == "cpu" else llm.dtype.itemsize)  # of a token
+    row *= max(map(len, prompts)) + max(limits)  # should its answer be as long as it may
+    max_rows = min(max_rows, int(0.7 * memory.free(llm.device) / row))
     completions, states, entering, n = [], [], [], max(1, max_rows // k)  # entering: in each forward pass of a batch
     see = [] if keep is None else [(decoder_layers(llm)[keep], lambda module, args, output: entering.append(args[0]))]
     try:
@@ -311,7 +318,7 @@ def sample(
                 rows, fed = _decode(llm, prompts[batch], k, limits[batch], stop, temperature, seeds[batch])
             completions += rows
             if keep is not None:
-                states += shared_prompts.states_by_row(prompts[batch], rows, fed, entering)
+                states += fast.states_by_row(prompts[batch], rows, fed, entering)
     finally:
         llm.answer_positions = None  # after Ctrl-C, too: nothing else may take them for its own
     found = completions, [row[-1] in stop for row in completions]
@@ -321,52 +328,44 @@ def sample(
 def _decode(llm, prompts, k, limits, stop, temperature, seeds):
     """One batch of `sample`: the completions of its B = N*k rows, and the rows of every forward pass."""
     device, B, P, C = llm.device, len(prompts) * k, max(map(len, prompts)), max(limits)
-    ids, mask, positions = shared_prompts.left_padded(prompts, device)
+    ids, mask, positions = fast.left_padded(prompts, device)
     # a uniform number for every token to come, (C, B); time first, so that a longer limit leaves the first ones alone
-    noise = [torch.rand(C, k, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    noise = torch.cat(noise, 1).to(device)
+    noise = torch.cat([uniform(seed, C, k) for seed in seeds], 1).to(device)
     cache = DynamicCache()  # without the config, so that sliding-window layers too keep every position
 
-    def forward(ids, mask, positions, **how):  # (rows, new tokens), ... -> (rows, V)
-        return llm(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,  # never (N, P, V)
-            **how,
-        ).logits[:, -1]
+    def forward(ids, mask, positions):  # (rows, new tokens), ... -> (rows, V)
+        how = dict(attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
+        h = llm.get_decoder()(input_ids=ids, **how).last_hidden_state[:, -1]  # never (N, P, V)
+        return logits(llm, h, dtype=None)
 
     llm.answer_positions = torch.arange(P, device=device).expand(ids.shape) == P - 1  # for "@answer", here and below
-    logits = forward(ids, mask, positions).repeat_interleave(k, 0)
+    scores = forward(ids, mask, positions).repeat_interleave(k, 0)
     llm.answer_positions = torch.ones(1, 1, device=device)
     length = mask.sum(1, keepdim=True).repeat_interleave(k, 0)  # (B, 1) of the row's prompt
-    how, known = {}, llm.config.model_type in SITES_OF and llm.config._attn_implementation == "sdpa"
-    # measured on a CPU, in float32; elsewhere the model has its own attention, and a copy of the prompt for every row
-    if known and llm.device.type == "cpu" and llm.dtype.itemsize >= 4:
-        cache = shared_prompts.AnswerCache(cache, mask, k)
-        how["attend"] = cache.attend
-    else:
+    shared = fast.plain(llm, cache) and fast.takes_attention(llm)
+    if shared:
+        cache = fast.AnswerCache(cache, mask, k)
+    else:  # a copy of the prompt for every row
         cache.batch_repeat_interleave(k)
     mask = torch.cat([mask.repeat_interleave(k, 0), mask.new_ones(B, C)], 1)  # (B, P + C)
     limit = torch.tensor(limits, device=device).repeat_interleave(k)
     ends = torch.tensor(stop, dtype=torch.long, device=device)
     tokens = torch.zeros(B, C, dtype=torch.long, device=device)
     going = torch.ones(B, dtype=torch.bool, device=device)  # neither ended nor at its limit
-    rows, fed = torch.arange(B, device=device), []  # those still in the batch; in every forward pass
-    for t in range(C):
-        tokens[rows, t] = token = pick(logits, temperature, noise[t, rows])
-        going[rows] &= ~torch.isin(token, ends) & (t + 1 < limit[rows])
-        alive = going[rows].nonzero().flatten()
-        if len(alive) == 0:
-            break
-        if len(alive) < 0.75 * len(rows):  # moving the cache costs about a step, so not for every row that ends
-            cache.batch_select_indices(alive)
-            rows = rows[alive]
-        fed.append(rows)
-        seen = shared_prompts.NO_MASK if how else mask[rows, : P + t + 1]
-        logits = forward(tokens[rows, t : t + 1], seen, length[rows] + t, **how)
+    rows, fed, idle = torch.arange(B, device=device), [], 0  # those still in the batch; in every forward pass
+    with fast.attending(llm, cache) if shared else nullcontext():
+        for t in range(C):
+            tokens[rows, t] = token = pick(scores, temperature, noise[t, rows])
+            going[rows] &= ~torch.isin(token, ends) & (t + 1 < limit[rows])
+            alive = going[rows].nonzero().flatten()
+            if len(alive) == 0:
+                break
+            idle += len(rows) - len(alive)  # rows that were run for nothing, since the last time that any left
+            if idle > MOVING * len(rows):
+                cache.batch_select_indices(alive)
+                rows, idle = rows[alive], 0
+            fed.append(rows)
+            scores = forward(tokens[rows, t : t + 1], None if shared else mask[rows, : P + t + 1], length[rows] + t)
     completions = []
     for row, n in zip(tokens.tolist(), limit.tolist()):
         last = next((t for t in range(n) if row[t] in stop), n - 1)
@@ -374,20 +373,39 @@ def _decode(llm, prompts, k, limits, stop, temperature, seeds):
     return completions, fed
 
 
-def pick(logits: torch.Tensor, temperature: float, noise: torch.Tensor | None = None) -> torch.Tensor:
+MOVING = 0.25  # what it costs to move the cache together, in forward passes: rows that ended stay until they cost that
+
+
+def uniform(seed: int, *shape: int) -> torch.Tensor:
+    """Uniform numbers in [0, 1) of 48 random bits, float64: from float32's 24 bits rare tokens get none or too many."""
+    high, low = (torch.rand(shape, generator=torch.Generator().manual_seed(s)) for s in (seed, seed ^ 0x5A5A5A5A))
+    return high.double() + low.double() * 2**-24
+
+
+@torch.no_grad()
+def pick(logits: torch.Tensor, temperature: float, noise: torch.Tensor | None = None, width=512) -> torch.Tensor:
     """
     Draw a token a row from softmax(logits / temperature), the argmax at temperature 0. (B, V) -> (B,)
 
     noise: (B,), uniform in [0, 1): the token where the cumulative probability passes it.
+    The sums are float64: in float32, over 152k tokens, they pass many tokens by. First over blocks of `width` tokens,
+    then inside the one that is found, which takes a fifth of the time of one sum over all.
     """
     if temperature == 0:
         return logits.argmax(-1)
-    up_to = (logits.float() / temperature).softmax(-1).cumsum(-1)  # (B, V); the last entry is 1 but for rounding
-    token = torch.searchsorted(up_to, noise[:, None] * up_to[:, -1:], right=True)
-    return token.flatten().clamp(max=logits.shape[-1] - 1)
-
-
-KEPT_BYTES = 4 << 30  # of states: tokens x width x bytes of a number. 7B, 128 x 16 answers of 1,000 tokens: 15e9
+    found, V = [], logits.shape[-1]
+    for x, u in zip(logits.split(8), noise.double().split(8)):  # a few rows at a time stay in the processor's cache
+        p = x.new_zeros(len(x), -(-V // width) * width, dtype=torch.float32)
+        torch.exp((x.float() - x.amax(-1, keepdim=True)) / temperature, out=p[:, :V])
+        p = p.unflatten(-1, (-1, width))  # (rows, blocks, width), up to a factor
+        up_to = p.sum(-1, dtype=torch.float64).cumsum(-1)
+        u = u[:, None] * up_to[:, -1:]
+        block = torch.searchsorted(up_to, u, right=True).clamp(max=up_to.shape[1] - 1)
+        u = u - pad(up_to, (1, 0)).gather(1, block)  # what is left of it inside the block
+        inside = p[torch.arange(len(p)), block[:, 0]].cumsum(-1, dtype=torch.float64)
+        u = torch.minimum(u, inside[:, -1:] * (1 - 2**-52))  # rounding: never beyond the last possible token
+        found.append(block * width + torch.searchsorted(inside, u, right=True))
+    return torch.cat(found).flatten()
 
 
 class Rollouts(NamedTuple):
@@ -399,39 +417,6 @@ class Rollouts(NamedTuple):
     texts: list[str]  # the answers as text, a forced beginning included
     logps: list[list[float]] | None  # of every completion token, as vLLM computed them; None from the HF sampler
     states: list | None = None  # what `sample` kept of every row; None if nothing was to be kept, or too much
-
-
-def rollouts(
-    llm, tokenizer, vectors: dict, problems: list[str], k: int, max_tokens: int | None = None, temperature=1.0,
-    seed: int | list[int] = 0, system=None, template=None, prefix="", context: int | None = None,
-    max_rows=512, engine: "VLLM | None" = None, bar=None, keep: int | None = None,
-) -> Rollouts:  # fmt: skip
-    """
-    Answer problems with the steered model, {} for the base: by `sample`, or by an engine if there is one.
-
-    system, template: see prompt_ids. prefix: text that every answer is made to begin with.
-    context: tokens of prompt and answer together; max_tokens: of the answer alone; the smaller one counts.
-    keep: see `sample`; what may need more than KEPT_BYTES is not kept.
-    """
-    if not problems:  # of several processes, some may have none
-        return Rollouts([], [], [], [], None)
-    forced = tokenizer(prefix, add_special_tokens=False).input_ids
-    prompts = [prompt_ids(tokenizer, problem, system, template) + forced for problem in problems]
-    context = context or llm.config.max_position_embeddings
-    longest = max(map(len, prompts))
-    if context <= longest:
-        sys.exit(f"--context {context}: the longest prompt has {longest} tokens and leaves no room for an answer")
-    limits = [min(max_tokens or context, context - len(p)) for p in prompts]
-    stop, logps, states = stop_ids(llm, tokenizer), None, []
-    size = sum(len(p) + k * limit for p, limit in zip(prompts, limits)) * llm.config.hidden_size * llm.dtype.itemsize
-    if engine is not None:
-        completions, ended, logps = engine.sample(vectors, prompts, k, limits, stop, temperature, seed, bar)
-    else:
-        how = temperature, seed, max_rows, bar, keep if size <= KEPT_BYTES else None
-        with steer(llm, vectors):
-            completions, ended, *states = sample(llm, prompts, k, limits, stop, *how)
-    texts = [prefix + text for text in tokenizer.batch_decode(completions, skip_special_tokens=True)]
-    return Rollouts([p for p in prompts for _ in range(k)], completions, ended, texts, logps, *states)
 
 
 # ---------------------------------------------------------------------------------------------------- token log-probs
@@ -455,26 +440,29 @@ def read(llm, prompts: list[list[int]], completions: list[list[int]]) -> tuple[t
     return llm.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state, before
 
 
-def logits(llm, h: torch.Tensor, exact=False, rows=16384) -> torch.Tensor:
+def logits(llm, h: torch.Tensor, exact=False, rows=16384, dtype=torch.float32) -> torch.Tensor:
     """
     The logits of states after the final norm: h (..., D) -> (..., V), fp32, since sums over many tokens follow.
 
     exact: an fp32 product, too, so that of two bf16 states the small difference stays; `rows` of the head at a time
     are fp32, never all of it. Without it the product has the model's own dtype, as the sampler's has: training wants
-    the log-probs of the distribution that was sampled from.
+    the log-probs of the distribution that was sampled from. dtype: None for the model's own.
     """
     head, cap = llm.get_output_embeddings(), getattr(llm.config, "final_logit_softcapping", None)  # cap: Gemma 2
     assert head.bias is None, "an output layer with a bias is not supported"
     scaled = [name for name in ("logits_scaling", "logit_scale") if getattr(llm.config, name, None) is not None]
     assert not scaled, f"models with {scaled} are not supported"
+    shape, h = h.shape[:-1], h.reshape(-1, h.shape[-1]).contiguous()  # else torch copies a frozen head for every prompt
     if exact:
         x = torch.cat([h.float() @ part.float().T for part in head.weight.split(rows)], -1)
     else:
-        x = (h @ head.weight.T).float()
-    return x if cap is None else cap * torch.tanh(x / cap)
+        x = h @ head.weight.T
+        x = x if dtype is None else x.to(dtype)
+    x = x if cap is None else cap * torch.tanh(x / cap)
+    return x.view(*shape, -1)
 
 
-def token_logps(llm, prompts: list, completions: list, temperature=1.0, chunk=1024, share=False, states=None):
+def token_logps(llm, prompts: list, completions: list, temperature=1.0, chunk=None, share=False, states=None):
     """
     log pi(y_t | x, y_<t) in nats of every completion token, as the sampler at this temperature draws it.
 
@@ -482,27 +470,234 @@ def token_logps(llm, prompts: list, completions: list, temperature=1.0, chunk=10
     lengths, so the stop token counts. logps is 0 elsewhere.
     Differentiable with respect to vectors of an enclosing `steer`.
     share: read a prompt once for all of its rows. states: (layer, what `sample` kept of every row), to start there.
-    The head runs on completion positions only, `chunk` at a time, and again in the backward pass: neither (B, T, V)
-    nor (B, C, V) ever exists.
+    The head runs on completion positions only, `chunk` at a time: neither (B, T, V) nor (B, C, V) ever exists.
     """
     layer, kept = states or (0, None)
     if share:
-        h = shared_prompts.read_together(llm, prompts, completions, layer, kept)
+        h = fast.read_together(llm, prompts, completions, layer, kept)
     else:  # of the last token no state is known, and none is needed
         given = kept and pad_sequence([torch.cat([*parts, parts[0][:1]]) for parts in kept], batch_first=True)
-        with shared_prompts.starting_at(decoder_layers(llm), layer, given):
+        with fast.starting_at(decoder_layers(llm), layer, given):
             h, before = read(llm, prompts, completions)
         h = h[before]
     target = torch.tensor([token for c in completions for token in c], device=h.device)
+    head = llm.get_output_embeddings().weight
 
     def score(x, y):  # (chunk, D), (chunk,) -> (chunk,)
         return (logits(llm, x) / temperature).log_softmax(-1).gather(-1, y[:, None]).squeeze(-1)
 
-    parts = zip(h.split(chunk), target.split(chunk))
-    logps = torch.cat([checkpoint(score, x, y, use_reentrant=False) for x, y in parts])
+    chunk, logps = chunk or memory.head_rows(len(head)), []
+    for x, y in zip(h.split(chunk), target.split(chunk)):
+        if head.requires_grad:  # its own gradient needs the logits again
+            logps.append(checkpoint(score, x, y, use_reentrant=False))
+        elif torch.is_grad_enabled() and x.requires_grad:
+            logps.append(fast.ChosenLogps.apply(x, partial(score, y=y)))
+        else:
+            logps.append(score(x, y))
     lengths = torch.tensor([len(c) for c in completions], device=h.device)
     mask = torch.arange(lengths.max(), device=h.device) < lengths[:, None]
-    return torch.zeros(mask.shape, device=h.device).masked_scatter(mask, logps), mask
+    return torch.zeros(mask.shape, device=h.device).masked_scatter(mask, torch.cat(logps)), mask
+
+
+def micro_batches(
+    llm, vectors: dict, rolled: Rollouts, rows: list[int], budget: int, temperature=1.0,
+    recompute="auto", read_once="auto",
+):  # fmt: skip
+    """
+    The log-probs of answers under these vectors, a micro-batch at a time: (numbers of its rows, logps, mask).
+
+    rows: those to run, of all in `rolled`; the longest come first. budget: tokens of a micro-batch, at most.
+    recompute, read_once: see memory.plan. logps, mask: see token_logps.
+    Run the backward pass before the next one is taken: until then the model has the vectors, and its memory is needed.
+    """
+    lowest, lengths = lowest_trained(vectors), [(len(rolled.prompts[i]), len(rolled.completions[i])) for i in rows]
+    share, recompute, budget = memory.plan(llm, lowest, lengths, budget, recompute, read_once)
+    prompts = [rolled.prompts[i] for i in rows] if share else None
+    blocks = decoder_layers(llm)[lowest + 1 :] if recompute else []  # in those below autograd stores nothing
+    with steer(llm, vectors), fast.recomputed(blocks):
+        for batch in batches([c if share else p + c for p, c in lengths], budget, prompts):
+            batch = [rows[j] for j in batch]
+            states = None if rolled.states is None else (lowest, [rolled.states[i] for i in batch])
+            texts = [rolled.prompts[i] for i in batch], [rolled.completions[i] for i in batch]
+            yield batch, *token_logps(llm, *texts, temperature, share=share, states=states)
+
+
+# --------------------------------------------------------------------------------------------------- how it is asked
+
+
+@dataclass(kw_only=True)
+class Asking:
+    """How a model is asked. train.py, evaluate.py and analyze.py have these settings in common."""
+
+    template: Usual[Literal["native", "qwen-math", "r1"]] = None  # of the prompt: the run's; else native, or r1
+    system: Usual[str] = None              # system message: the run's; else to reason step by step, with a boxed answer
+    context: Usual[int] = None             # tokens of prompt and answer: the model's own, at most 32768
+    max_tokens: Usual[int] = None          # longest answer in tokens: the run's; else what the context leaves
+    sampler: Literal["auto", "hf", "vllm"] = "auto"  # auto: vllm where it is installed beside a CUDA device
+    vllm_memory: float = 0.45              # share of the GPU's memory for vLLM, beside the Hugging Face model
+    tensor_parallel: int = 1               # GPUs that one vLLM engine is spread over
+    rows: int = 512                        # answers sampled at once, but all answers to a prompt together
+    device: str = "auto"                   # cpu, cuda, ...
+    dtype: str = "auto"                    # of the frozen model: float32, bfloat16; vectors are float32
+
+
+@dataclass(kw_only=True)
+class Subject(Asking):
+    """A model under test and how it is asked. It is loaded when it is first needed; `key` needs its files alone."""
+
+    name: str
+    holds: dict = field(default_factory=dict)  # vectors that it will be given: vLLM makes room for them when it starts
+    folder: Path = Path("out/answers")  # where evaluate.py keeps its answers
+
+    def __post_init__(self):
+        self.config = load_config(self.name)
+        self.device, self.dtype = resolve(self.device, self.dtype, self.config)
+        self.context = min(self.context or 32768, self.config.max_position_embeddings)  # 32K: the papers'
+        if self.max_tokens is None and self.name in FAMILY:
+            self.max_tokens = 80
+        self.wanted_weights = self.loaded_weights = self.name
+        self.started = None  # vLLM
+
+    @classmethod
+    def of_run(cls, config: dict, args: Asking, **more) -> "Subject":
+        """The model of a run, asked as its config.json says; settings that are given in args go first."""
+        how = {name: config.get(name) for name in ("template", "system", "max_tokens")}  # its context is for training
+        how |= {"name": config["model"], "dtype": config.get("dtype", "auto")}
+        given = {one.name: getattr(args, one.name) for one in fields(Asking)}
+        return cls(**(how | {name: value for name, value in given.items() if value not in (None, "auto")} | more))
+
+    @property
+    def depth(self) -> int:
+        return self.config.num_hidden_layers
+
+    @property
+    def samples_with(self) -> str:
+        """ "hf", or "vllm"; exits with a line where vLLM cannot hold the vectors. auto: vLLM where all suits it."""
+        foreign = [place for place in self.holds if engine_site(place) is None]
+        if self.sampler == "auto":
+            here = self.device.startswith("cuda") and find_spec("vllm") and not is_gguf(self.name)
+            return "vllm" if here and self.config.architectures[0] in VLLM_MODELS and not foreign else "hf"
+        if self.sampler == "vllm" and foreign:
+            sys.exit(f"--sampler vllm: a vector at {foreign[0]} is no bias of vLLM's layers; use --sampler hf")
+        if self.sampler == "vllm" and is_gguf(self.name):
+            sys.exit("--sampler vllm: vLLM reads no .gguf file; use --sampler hf")
+        return self.sampler
+
+    @property
+    def key(self) -> dict:
+        """What its answers depend on, from files alone; of a hub model the commit."""
+        names = ("name", "template", "system", "context", "max_tokens", "dtype")
+        weights = base_checksum(self.wanted_weights)
+        return {name: getattr(self, name) for name in names} | {"weights": weights, "sampler": self.samples_with}
+
+    @cached_property
+    def loaded(self) -> tuple:
+        return load(self.name, self.device, self.dtype)
+
+    @property
+    def tokenizer(self):
+        return self.loaded[1]
+
+    @property
+    @torch.no_grad()
+    def llm(self):
+        llm = self.loaded[0]
+        if self.loaded_weights != self.wanted_weights:
+            other = dict(load(self.wanted_weights, str(llm.device), self.dtype)[0].named_parameters())
+            for name, weight in llm.named_parameters():
+                weight.copy_(other[name])
+            self.loaded_weights = self.wanted_weights
+            if self.started is not None:
+                self.started.push_weights(llm)
+        return llm
+
+    def swap(self, name: str) -> None:
+        """Take the weights of another model of the same shape (a run's of --method full) when they are next needed."""
+        self.wanted_weights = name
+
+    def prompt(self, row: dict) -> list[int]:
+        """Token ids of a problem as it is asked here."""
+        return prompt_ids(self.tokenizer, row["problem"], self.system, self.template)
+
+    def engine(self, rows: list[dict]) -> VLLM | None:
+        """The vLLM engine, tested on the first problems; None where the model itself samples."""
+        if self.started is None and self.samples_with == "vllm":
+            llm = self.loaded[0]
+            ranks = [s.shape[0] for place, s in self.holds.items() if split(place).matrix == "lora_A"]
+            how = dict(tensor_parallel=self.tensor_parallel, max_rows=self.rows, lora_rank=max(ranks, default=0))
+            self.started = VLLM(self.name, llm, self.context, self.vllm_memory, **how)
+            prompts = [prompt for row in rows[:8] if len(prompt := self.prompt(row)) + 32 < self.context]
+            test_engine(self.started, llm, prompts)
+        return self.started
+
+    def rollouts(
+        self, vectors: dict, rows: list[dict], k: int, temperature=1.0, seed: int | list[int] = 0, prefix="",
+        context: int | None = None, keep: int | None = None, bar=None,
+    ) -> Rollouts:  # fmt: skip
+        """
+        k answers to each problem, of the model with these vectors, {} for the base: by `sample` or by vLLM.
+
+        seed: as for `sample`. prefix: text that every answer is made to begin with. context: of these answers, default
+        the subject's; it and max_tokens, of the answer alone, both count. keep: see `sample`.
+        """
+        if not rows:  # of several processes, some may have none
+            return Rollouts([], [], [], [], None)
+        llm, engine, context = self.llm, self.engine(rows), context or self.context
+        forced = self.tokenizer(prefix, add_special_tokens=False).input_ids
+        prompts = [self.prompt(row) + forced for row in rows]
+        longest = max(map(len, prompts))
+        if context <= longest:
+            sys.exit(f"--context {context}: the longest prompt has {longest} tokens and leaves no room for an answer")
+        limits = [min(self.max_tokens or context, context - len(p)) for p in prompts]
+        seeds = seed if isinstance(seed, list) else prompt_seeds(seed, range(len(prompts)))
+        stop, logps, states = stop_ids(llm, self.tokenizer), None, []
+        if engine is not None:
+            tensors = engine_tensors(vectors)
+            completions, ended, logps = engine.sample(tensors, prompts, k, limits, stop, temperature, seeds, bar)
+        else:
+            how = temperature, seeds, self.rows, bar, keep
+            with steer(llm, vectors):
+                completions, ended, *states = sample(llm, prompts, k, limits, stop, *how)
+        texts = [prefix + text for text in self.tokenizer.batch_decode(completions, skip_special_tokens=True)]
+        return Rollouts([p for p in prompts for _ in range(k)], completions, ended, texts, logps, *states)
+
+
+def engine_site(place) -> str | None:
+    """Which of vLLM's tensors holds a place: "end", "attention", "lora_A", "lora_B", or None."""
+    _, site, matrix, where = split(place)
+    if where != "all":
+        return None
+    if matrix:
+        return matrix if site == "mlp.down_proj" else None
+    sites = {"end": "end", "mlp.down_proj": "end", "attention": "attention", "self_attn.o_proj": "attention"}
+    return sites.get(site)
+
+
+def engine_tensors(vectors: dict) -> dict:
+    """{place: tensor} as vLLM takes them: {(site, layer): tensor}. Two vectors at one of its biases are added."""
+    found = {}
+    for place, s in vectors.items():
+        if (at := (engine_site(place), split(place).layer))[0] is None:
+            sys.exit(f"--sampler vllm: a vector at {place} is no bias of vLLM's layers; use --sampler hf")
+        found[at] = found[at] + s if at in found else s
+    return found
+
+
+def test_engine(engine: VLLM, llm, prompts: list[list[int]]) -> dict[str, float]:
+    """Compare a vLLM engine with the model under a large random vector at every place that it has; see self_test."""
+    draw, vectors = torch.Generator().manual_seed(0), {}
+    for site, (depth, *shape) in engine.shapes.items():
+        for place, size in residual_rms(llm, prompts[:2], [f"{l}.{site}" for l in range(depth)]).items():
+            scale = 1 / (size * shape[-1] ** 0.5) if site == "lora_A" else 0.2 * size  # A x has size 1
+            vectors[place] = scale * torch.randn(shape, generator=draw)
+
+    @torch.no_grad()
+    def log_probs(steered: bool, prompts, completions):
+        with steer(llm, vectors if steered else {}):
+            logps, mask = token_logps(llm, prompts, completions)
+        return logps[mask]
+
+    return engine.self_test(engine_tensors(vectors), prompts, log_probs, llm.dtype == torch.float32)
 
 
 # -------------------------------------------------------------------------------------------------------- their files
@@ -570,200 +765,3 @@ def load_vectors(path, config, model: str | None = None) -> tuple[dict, dict[str
             sys.exit(f"{path}: {name} of shape {tuple(s.shape)} does not fit a model of {depth} layers, width {width}")
         vectors[int(place) if place.isdigit() else place] = s
     return vectors, meta
-
-
-# --------------------------------------------------------------------------------------------------------------- vLLM
-
-def engine_site(place) -> str | None:
-    """Which of the engine's tensors holds a place: "end", "attention", "lora_A", "lora_B", or None."""
-    _, site, matrix, where = split(place)
-    if where != "all":
-        return None
-    if matrix:
-        return matrix if site == "mlp.down_proj" else None
-    sites = {"end": "end", "mlp.down_proj": "end", "attention": "attention", "self_attn.o_proj": "attention"}
-    return sites.get(site)
-
-
-def choose_sampler(sampler: str, device: str, architecture: str, places) -> str:
-    """
-    What samples, "hf" or "vllm"; exits with a line where vLLM cannot hold a vector at one of these places.
-
-    sampler: "hf", "vllm", or "auto": vLLM where it is installed, and device, model and places suit it.
-    """
-    foreign = [place for place in places if engine_site(place) is None]
-    if sampler == "vllm" and architecture == "a .gguf file":
-        sys.exit("--sampler vllm: vLLM reads no .gguf file; use --sampler hf")
-    if sampler == "auto":
-        here = device.startswith("cuda") and find_spec("vllm")
-        return "vllm" if here and architecture in VLLM_MODELS and not foreign else "hf"
-    if sampler == "vllm" and foreign:
-        sys.exit(f"--sampler vllm: a vector at {foreign[0]} is no bias of vLLM's layers; use --sampler hf")
-    return sampler
-
-
-def import_vllm(llm, tensor_parallel: int):
-    """The package vllm, which reads its settings from the environment; exits with a line where it cannot serve llm."""
-    architecture = llm.config.architectures[0]
-    if architecture not in VLLM_MODELS:
-        sys.exit(f"--sampler vllm can steer {', '.join(VLLM_MODELS)}, not {architecture}; use --sampler hf")
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1  # started by torchrun: an engine for each process
-    if several and tensor_parallel > 1:
-        sys.exit("--tensor-parallel: torchrun gives every process one GPU; start one process, with python, instead")
-    if not several and llm.device.index:
-        sys.exit(f"--device {llm.device}: vLLM takes the first GPU that it sees; set CUDA_VISIBLE_DEVICES instead")
-    if tensor_parallel == 1:  # in this process: no serialisation, and errors come with their own traceback
-        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    os.environ["PYTHONPATH"] = f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}"  # for worker processes
-    try:
-        import vllm
-    except ImportError as error:
-        sys.exit(f"--sampler vllm: no vLLM ({error}); pip install -r requirements-vllm.txt, or --sampler hf")
-    register_vllm_models()
-    return vllm
-
-
-class VLLM:
-    """
-    A vLLM engine with the same weights as a loaded model, and vectors that change between calls.
-
-    name, llm: what `load` was given and gave.
-    context: tokens of prompt and answer together.
-    memory: vLLM's share of the GPU's whole memory, for its weights and cache.
-    lora_rank: of the LoRA that it will be given, 0 for none.
-    eager: no compilation, no CUDA graphs.
-    """
-
-    def __init__(self, name, llm, context, memory=0.45, tensor_parallel=1, max_rows=512, lora_rank=0, eager=False):
-        threads = torch.get_num_threads()
-        vllm = import_vllm(llm, tensor_parallel)
-        depth, width = len(decoder_layers(llm)), llm.config.hidden_size
-        self.shapes = {"end": [depth, width], "attention": [depth, width]}  # of what `push` sends
-        if lora_rank:
-            self.shapes["lora_A"] = [depth, lora_rank, llm.config.intermediate_size]
-            self.shapes["lora_B"] = [depth, width, lora_rank]
-        overrides = {"architectures": [f"Steered{llm.config.architectures[0]}"], "lora_rank": lora_rank}
-        several = int(os.environ.get("WORLD_SIZE", 1)) > 1
-        try:
-            self.engine = vllm.LLM(
-                str(FAMILY.get(name, name)),
-                hf_overrides=overrides,
-                worker_extension_cls="data.vllm_model.VLLMWorker",
-                dtype=str(llm.dtype).removeprefix("torch."),
-                max_model_len=context,
-                max_num_seqs=max_rows,
-                gpu_memory_utilization=memory,
-                tensor_parallel_size=tensor_parallel,
-                distributed_executor_backend="external_launcher" if several else None,
-                logprobs_mode="processed_logprobs",  # after the temperature: of the distribution that is sampled from
-                enable_prefix_caching=True,  # the k samples of a prompt share its keys and values
-                # a prompt that is read in two parts winds its random generator back, which a CPU's cannot
-                enable_chunked_prefill=False if llm.device.type == "cpu" else None,
-                enforce_eager=eager,
-                disable_log_stats=True,
-            )
-        except (ValueError, RuntimeError, torch.OutOfMemoryError) as error:  # too little memory, bad lengths, ...
-            sys.exit(
-                f"vLLM did not start with --vllm-memory {memory} and --context {context}: {str(error).strip()}\n"
-                "raise --vllm-memory if vLLM lacks room, lower it if the GPU is full; a shorter --context helps both"
-            )
-        torch.set_num_threads(threads)  # vLLM sets it to 1
-
-    def push(self, vectors: dict) -> None:
-        """Give vectors to the engine. {place: tensor}; places that are not named get zero."""
-        stacks = {site: torch.zeros(shape) for site, shape in self.shapes.items()}
-        for place, s in vectors.items():
-            if (site := engine_site(place)) not in stacks:
-                sys.exit(f"--sampler vllm: a vector at {place} is no bias of vLLM's layers; use --sampler hf")
-            part = tuple(map(slice, s.shape))  # of a LoRA of a lower rank than the engine has room for: the first rows
-            stacks[site][split(place).layer][part] += s.detach().float().cpu()
-        raw = {site: stack.numpy().tobytes() for site, stack in stacks.items()}
-        self._change("set_vectors", args=(raw, self.shapes))
-
-    def push_weights(self, llm) -> None:
-        """Give the engine all weights of the model. It must live in this process: it gets the tensors as they are."""
-        weights = [(name, weight.detach()) for name, weight in llm.named_parameters()]
-        self._change("reload_weights", kwargs={"weights_iterator": weights})
-
-    def _change(self, method, **what) -> None:
-        """Change the engine and drop its prefix cache, whose keys and values are stale: vLLM does not notice that."""
-        began = time.perf_counter()
-        self.engine.collective_rpc(method, **what)
-        if not self.engine.reset_prefix_cache():
-            raise RuntimeError("vLLM kept its prefix cache: answers to one prompt would mix two sets of vectors")
-        self.sync_seconds = time.perf_counter() - began
-
-    def sample(self, vectors, prompts, k, max_tokens, stop, temperature=1.0, seed: int | list[int] = 0, bar=None):
-        """As the function `sample`, with these vectors; returns (completions, ended, log-probs of their tokens)."""
-        from vllm import SamplingParams
-
-        self.push(vectors)
-        seeds = seed if isinstance(seed, list) else prompt_seeds(seed, range(len(prompts)))
-        greedy = temperature == 0
-        # every setting stated: a model's generation_config.json may bring others. The j-th sample gets the seed plus j
-        how = dict(
-            n=1 if greedy else k,
-            temperature=temperature,
-            top_p=1.0,
-            top_k=0,
-            min_p=0.0,
-            repetition_penalty=1.0,
-            stop_token_ids=stop,
-            logprobs=0,
-            detokenize=False,
-        )
-        params = [SamplingParams(max_tokens=n, seed=s, **how) for n, s in zip(max_tokens, seeds, strict=True)]
-        found = self.engine.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=bar is not None)
-        rows = [row for request in found for row in request.outputs * (k if greedy else 1)]
-        completions = [list(row.token_ids) for row in rows]
-        logps = [[at[token].logprob for at, token in zip(row.logprobs, row.token_ids)] for row in rows]
-        return completions, [row.finish_reason == "stop" for row in rows], logps
-
-    def self_test(self, llm, prompts: list[list[int]], max_tokens=32) -> dict[str, float]:
-        """
-        Compare the engine with the Hugging Face model under large random vectors and none; exit if they disagree.
-
-        Returns mean |difference| of token log-probs in nats: "steered" and "base" (both have the same vectors),
-        "effect" (the engine alone has them: how much there is to miss).
-        """
-        draw, vectors = torch.Generator().manual_seed(0), {}  # a vector at every place that the engine has
-        for site, (depth, *shape) in self.shapes.items():
-            for place, size in residual_rms(llm, prompts[:2], [f"{l}.{site}" for l in range(depth)]).items():
-                scale = 1 / (size * shape[-1] ** 0.5) if site == "lora_A" else 0.2 * size  # A x has size 1
-                vectors[place] = scale * torch.randn(shape, generator=draw)
-        found = {}
-        for name, given, ours in (("base", {}, {}), ("steered", vectors, vectors), ("effect", vectors, {})):
-            completions, _, logps = self.sample(given, prompts, 1, [max_tokens] * len(prompts), [], 1.0)
-            with steer(llm, ours), torch.no_grad():
-                expected, mask = token_logps(llm, prompts, completions)
-            sampled = torch.tensor([x for row in logps for x in row])
-            found[name] = (expected[mask].cpu() - sampled).abs().mean().item()
-        # right engines: 1e-7 in float32, 0.002 in bfloat16, which rounds; one of 28 layers forgotten: 0.03 to 0.1
-        allowed = (0.001 if llm.dtype == torch.float32 else 0.02) * found["effect"]
-        numbers = (
-            f"mean difference of token log-probs {found['steered']:.2g} nats under random vectors, {found['base']:.2g} "
-            f"under none; leaving the vectors out would make {found['effect']:.2g}"
-        )
-        if not max(found["steered"], found["base"]) < allowed:
-            why = f"vLLM and the Hugging Face model disagree, so nothing was trained or measured: {numbers}"
-            sys.exit(f"{why}. Use --sampler hf, and report the versions.")
-        print(f"vLLM agrees with Hugging Face: {numbers}")
-        return found
-
-
-def open_engine(name: str, llm, prompts: list[list[int]], context: int, vectors: dict, **how) -> VLLM:
-    """The vLLM engine of a loaded model, tested on some prompts. vectors: for their shapes. how: see VLLM."""
-    ranks = [s.shape[0] for place, s in vectors.items() if split(place).matrix == "lora_A"]
-    engine = VLLM(name, llm, context, lora_rank=max(ranks, default=0), **how)
-    engine.self_test(llm, [p for p in prompts if len(p) + 32 < context])
-    return engine
-
-
-if __name__ == "__main__":  # python model.py RUN --to peft: a run for other programs
-    import tyro
-
-    from data.export import export
-
-    tyro.cli(export)

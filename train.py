@@ -1,12 +1,12 @@
 """
 Train steering vectors in the residual stream of a frozen LLM with RLOO (arXiv:2509.06608, Sec. 2).
 
-$ python train.py --layer 27                         # embedded model, 2 CPU cores: 2 minutes, 9 -> 43 %
+$ python train.py --layer 27                         # built-in model, 2 CPU cores: 2 minutes, 9 -> 43 %
 $ python train.py --layer all                        # one vector per layer (arXiv:2505.18706): 91 %
 $ python train.py --layer 26 --site input-norm       # at another site (arXiv:2509.06608, Fig. 10): 38 %
 $ python train.py --layer 26 --method lora --rank 1  # a vector scaled per token: 93 %
 $ python train.py --layer 14 --numbers 13            # a vector made of 13 trained numbers: 35 %
-$ python train.py --layer all --method tiny --rank 2 # TinyLoRA, 13 numbers (arXiv:2602.04118): 13 %
+$ python train.py --layer all --method tinylora --rank 2  # 13 numbers (arXiv:2602.04118): 13 %
 $ python train.py --method full                      # all weights, the papers' baseline: 97 %
 $ python train.py --layer 27 --resume                # goes on where a run was stopped
 
@@ -17,80 +17,76 @@ The loop in `main` is the paper's. Sample k answers to each of N problems from t
 step on the vectors. No KL, no clipped ratio, no standard deviation, one update per batch of rollouts.
 
 Writes to the run folder: config.json, vectors.safetensors (or weights/), metrics.jsonl, samples.jsonl, state.pt,
-reward.png. Metrics, all weights and several processes: data/parallel.py. The run folder: data/runs.py.
-A few trained numbers: data/subspace.py.
+reward.png. Defaults and checks of the settings: plumbing/settings.py. Several processes, all weights:
+plumbing/processes.py. A few trained numbers: plumbing/few.py.
 """
 
 import math
 import random
 import sys
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
 import tyro
 from torch import nn
+from torch.nn.functional import normalize
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import model
-from data import parallel, runs
-from data.compare import compare_with_base, held_out_accuracy
-from data.parallel import AllWeights, batch_of_problems, compare, log, rank, share, timed, tokens_of_all
-from data.problems import MATH_PROMPT, ROOT, Problems, authors_rate, problems_of, recipe
-from data.runs import begin, check, check_folder, name_of_run, parse_layers
-from data.subspace import Few, earlier_directions, vectors_in
-from evaluate import Subject
+from data.problems import MATH_PROMPT, Problems, problems_of
+from evaluate import compare_with_base
+from model import Subject
+from plumbing import memory, processes, settings
+from plumbing.few import Few
+from plumbing.figures import plot_reward
+from plumbing.files import FAMILY, append, config_of, lines_of
+from plumbing.processes import SECONDS, AllWeights, all_gather, rank, shard, timed
+from plumbing.settings import Usual, authors_rate, own_first, parse_layers
 from rewards import grade, grading_timeouts
 
 
+@own_first
 @dataclass
-class Config:
-    """Where two defaults are given, the first is the embedded model's, the second the papers' for real models."""
+class Config(model.Asking):
+    """Where a comment gives two defaults, the first is the built-in model's, the second that of real models."""
 
     layer: str = "27"                   # layers that get a vector, 0-based: 27, -1 (the last), 3,14 or all
     model: str = "tiny"                 # the built-in model, a local folder, a .gguf file or a hub id; kept frozen
-    method: Literal["vector", "lora", "tiny", "full"] = "vector"  # vectors, LoRA on a linear module, TinyLoRA, weights
+    method: Literal["vector", "lora", "tinylora", "full"] = "vector"  # vectors, LoRA, TinyLoRA or all weights
     site: str = "end"                   # input-norm, attention, post-attention-norm, end, or a module's path
     where: Literal["all", "answer"] = "all"  # positions that get it: all, or those that predict the answer
     rank: int = 1                       # of the LoRA (at the end of a layer: on mlp.down_proj)
-    numbers: int | None = None          # that make a vector, trained in its place; tiny: 13 by default, for all layers
+    numbers: Usual[int] = None          # train only this many numbers; a fixed random map makes the vector from them
     orthogonal_to: tuple[str, ...] = ()  # keep the vector orthogonal to the vectors of these runs
-    init: str | None = None             # start from this run's vectors; its others stay fixed but are applied
-    data: str | None = None             # problems, jsonl; default data/tiny/train.jsonl; data/deepscaler.jsonl
-    held_out: str | None = None         # for the comparison at the end; data/tiny/test.jsonl; data/math500.jsonl
-    steps: int | None = None            # RLOO updates; default 40; one epoch, 314 on DeepScaleR
-    prompts: int | None = None          # problems a step, N; default 16; 128
-    samples: int | None = None          # answers to each of them, k; default 16; 16 or 64, as the authors
-    context: int | None = None          # tokens of prompt and answer; default 512; 4096 (Qwen2.5-Math) or 8192
-    max_tokens: int | None = None       # longest answer in tokens; default 80; what the context leaves
-    template: Literal["native", "qwen-math", "r1"] | None = None  # of the prompt; default native or, without one, r1
-    system: str | None = None           # system message; default: reason step by step, answer in a box
-    lr: float | Literal["paper"] | None = None  # share of RMS(h_l), see learning_rates; 0.06; the authors', if any
-    lr_absolute: float | None = None    # Adam step as it is, replaces --lr; default of full 3e-4; 1e-6
-    warmup: int | None = None           # steps until the rate has its value; default 3; 3 % of an epoch
+    init: Usual[str] = None             # start from this run's vectors; those not trained here stay fixed but are added
+    data: Usual[str] = None             # problems, a jsonl file: data/tiny/train.jsonl; data/deepscaler.jsonl
+    recipe: Usual[str] = None           # whose settings are the defaults: what the data file says, or deepscaler
+    held_out: Usual[str] = None         # for the comparison at the end: data/tiny/test.jsonl; data/math500.jsonl
+    steps: Usual[int] = None            # RLOO updates: 40; one epoch, 314 on DeepScaleR
+    prompts: Usual[int] = None          # problems a step, N: 16; 128
+    samples: Usual[int] = None          # answers to each of them, k: 16; 16 or 64, as the authors
+    context: Usual[int] = None          # tokens of prompt and answer: 512; 4096 (Qwen2.5-Math) or 8192
+    max_tokens: Usual[int] = None       # longest answer in tokens: 80; what the context leaves
+    lr: Usual[float | Literal["paper"]] = None  # share of RMS(h_l), see learning_rates: 0.06; the authors' rate, if any
+    lr_absolute: Usual[float] = None    # Adam step as it is, replaces --lr; of full: 3e-4; the authors' or 1e-6
+    warmup: Usual[int] = None           # steps until the rate has its value: 3; 3 % of an epoch
     clip: float = 2.0                   # largest norm of the gradient of all vectors together
     temperature: float = 1.0            # of the sampler, and of the logits in training (paper: 1)
     reward: Literal["verify", "sign", "random"] = "verify"  # 1 or 0 by Math-Verify; 1 or -1 (authors); a coin
-    sampler: Literal["auto", "hf", "vllm"] = "auto"  # auto: vllm where it is installed beside a CUDA device
-    vllm_memory: float = 0.45           # share of the GPU's memory for vLLM; the rest is for training
-    tensor_parallel: int = 1            # GPUs that one vLLM engine is spread over
     weight_cap: float = 2.0             # cap on pi/mu per token sampled by vLLM; 0 turns the correction off
-    rows: int = 512                     # answers sampled at once; lower it when memory is short
-    reuse: bool = True                  # train from the states that sampling had below what is trained, where they fit
-    micro_tokens: int | None = None     # tokens of a training forward pass, padded; default 4096; 16384
+    recompute: Literal["auto", "yes", "no"] = "auto"  # run layers again in the backward pass; auto: if memory is short
+    read_once: Literal["auto", "yes", "no"] = "auto"  # read a prompt once for its k answers; auto: unless recomputed
+    reuse: Literal["auto", "yes", "no"] = "auto"  # start from the states that sampling computed; auto: if memory allows
+    micro_tokens: Usual[int] = None     # tokens of a training forward pass, padded: 4096; 16384
     eval_problems: int = 400            # held-out problems for the comparison at the end; 0: none
-    eval_every: int | None = None       # measure on them every so many steps, too: a point on the reward curve
-    keep_every: int | None = None       # keep what is trained after every so many steps, for evaluate.py --checkpoints
+    eval_every: Usual[int] = None       # measure on them every so many steps, too: a point on the reward curve
+    keep_every: Usual[int] = None       # keep what is trained after every so many steps, for evaluate.py --checkpoints
     seed: int = 0                       # of the order of the problems, the rollouts and the held-out samples
-    out: str | None = None              # run folder; default out/MODEL-layerLAYER and what is not usual
+    out: Usual[str] = None              # run folder: out/MODEL-layerLAYER and what is not usual
     resume: bool = False                # go on with the run in that folder
-    device: str = "auto"                # cpu, cuda, ...
-    dtype: str = "auto"                 # of the frozen model: float32, bfloat16; what is trained is float32
 
 
 # ----------------------------------------------------------------------------------------------------------- the maths
@@ -139,70 +135,44 @@ def orthogonal(s: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
     return s - (s @ basis.T) @ basis
 
 
+def compare(sums: dict, logps: torch.Tensor, others: torch.Tensor, mask: torch.Tensor) -> None:
+    """Add the differences of two computations of the same log-probs to the sums. All (B, C)."""
+    off = (logps.detach() - others).abs()[mask]
+    for name, x in (("compared", off.numel()), ("off", off.sum().item())):
+        sums[name] += x
+    sums["off_max"] = max(sums["off_max"], off.max().item())
+
+
 @timed("gradient")
 def accumulate_gradient(
-    llm, vectors, rolled: model.Rollouts, advantages, temperature, budget, total_tokens=None, cap=2.0, recompute=False
+    llm, vectors, rolled: model.Rollouts, advantages, temperature, budget, total_tokens=None, cap=2.0, **how
 ) -> dict[str, float]:
     """
     Add d loss / d s_l to the .grad of every vector that requires it. Rows with A = 0 add nothing and are not run.
 
     advantages: (N, k) or (B,). budget: tokens of a micro-batch. total_tokens: completion tokens over all processes
-    (default: this process's). cap: of the importance weights, if the sampler gave log-probs (0: none). recompute: see
-    checkpointed. Returns sums over the trained tokens: loss, tokens, nats (-log pi); off, the |difference| to the
-    sampler's log-probs or, with its states, to those without them, over `compared` tokens; off_max; clipped (weights).
+    (default: this process's). cap: of the importance weights, if the sampler gave log-probs (0: none). how: recompute
+    and read_once, see model.micro_batches. Returns sums over the trained tokens: loss, tokens, nats (-log pi), clipped
+    (weights); off, the |difference| to the sampler's log-probs over `compared` tokens, and off_max.
     """
     advantages, total = advantages.flatten(), total_tokens or sum(map(len, rolled.completions))
     rows = advantages.nonzero().flatten().tolist()
-    prompts, share = [rolled.prompts[i] for i in rows], not recompute  # a layer computed again fills a cache twice
-    lengths = [len(rolled.completions[i]) + (0 if share else len(rolled.prompts[i])) for i in rows]
     sums = dict.fromkeys(["loss", "tokens", "nats", "compared", "off", "off_max", "clipped"], 0.0)
-    lowest, states = model.lowest_trained(vectors), None
-    with model.steer(llm, vectors), checkpointed(llm, lowest if recompute else None):
-        for batch in model.batches(lengths, budget, prompts if share else None):
-            batch = [rows[j] for j in batch]
-            texts = [rolled.prompts[i] for i in batch], [rolled.completions[i] for i in batch]
-            if rolled.states is not None:
-                states = lowest, [rolled.states[i] for i in batch]
-            logps, mask = model.token_logps(llm, *texts, temperature, share=share, states=states)
-            weights = None
-            if rolled.logps is not None:
-                sampled = [torch.tensor(rolled.logps[i], device=logps.device) for i in batch]
-                sampled = pad_sequence(sampled, batch_first=True)
-                compare(sums, logps, sampled, mask)
-                if cap:
-                    weights = importance_weights(logps, sampled, cap)
-                    sums["clipped"] += (weights[mask] >= cap).sum().item()
-            loss = rloo_loss(logps, mask, advantages[batch].to(logps.device), total, weights)
-            loss.backward()
-            sums["loss"] += loss.item()
-            sums["tokens"] += mask.sum().item()
-            sums["nats"] -= logps.sum().item()
-        if states is not None:  # a few rows of the last batch, its longest, without them
-            few = slice(4)
-            with torch.no_grad():
-                again, there = model.token_logps(llm, *(x[few] for x in texts), temperature)
-            C = there.shape[1]  # the longest answer of these few
-            compare(sums, logps[few, :C], again, there)
+    for batch, logps, mask in model.micro_batches(llm, vectors, rolled, rows, budget, temperature, **how):
+        weights = None
+        if rolled.logps is not None:
+            sampled = [torch.tensor(rolled.logps[i], device=logps.device) for i in batch]
+            sampled = pad_sequence(sampled, batch_first=True)
+            compare(sums, logps, sampled, mask)
+            if cap:
+                weights = importance_weights(logps, sampled, cap)
+                sums["clipped"] += (weights[mask] >= cap).sum().item()
+        loss = rloo_loss(logps, mask, advantages[batch].to(logps.device), total, weights)
+        loss.backward()
+        sums["loss"] += loss.item()
+        sums["tokens"] += mask.sum().item()
+        sums["nats"] -= logps.sum().item()
     return sums
-
-
-@contextmanager
-def checkpointed(llm, above: int | None):
-    """
-    Inside the context, layers above `above` keep only their input for the backward pass and are computed again there.
-
-    Memory for the activations of one layer instead of all; costs a second forward pass of those layers. None: no layer.
-    Not reentrant: the reentrant kind drops gradients where no input needs one, and here a layer's only trainable part
-    is in a hook. Layers up to `above`, the lowest one with a vector, need nothing: autograd stores nothing there.
-    """
-    blocks = [] if above is None else model.decoder_layers(llm)[above + 1 :]
-    for block in blocks:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-    try:
-        yield
-    finally:
-        for block in blocks:
-            del block.forward  # the class's own is visible again
 
 
 # ------------------------------------------------------------------------------------------------------------ the loop
@@ -216,25 +186,27 @@ class Run:
     held_out: Problems | None
     subject: Subject  # the model, its sampler, and how it is asked
     save_every: int  # steps between states that --resume can go on from
-    timeouts: int = field(default_factory=grading_timeouts)  # of the grader, before this step
+    timeouts: int = field(default_factory=grading_timeouts)  # comparisons that the grader gave up before this step
     bar: tqdm | None = None
 
 
 def main(args: Config) -> None:
     run = open_run(args)
-    args, llm, trained = run.args, run.subject.llm, trained_of(run)
+    args, subject, trained = run.args, run.subject, trained_of(run)
     adam = adam_of(trained.values, trained.rates)
     first = start(run, trained, adam)
-    with runs.told_how_to_go_on(run):
+    with settings.told_how_to_go_on(run):
         for step in progress(run, first):
             batch = batch_of_problems(run.rows, args.prompts, step, args.seed)  # N problems
-            rolled = answer(run, trained.steering, batch, step)  # k answers to each, of the steered model
+            with timed("sampling"):  # k answers to each, of the steered model
+                rolled = subject.rollouts(trained.steering, batch, args.samples, **how_to_sample(run, trained, step))
             right = grade_answers(rolled, batch)  # (N, k)
             rewards = rewards_of(args, step, batch, right, rolled)  # (N, k)
             advantages = rloo_advantages(rewards)  # (N, k)
+            total = sum(all_gather(sum(map(len, rolled.completions))))  # completion tokens of the whole step
             sums = accumulate_gradient(
-                llm, trained.steering, rolled, advantages, args.temperature, args.micro_tokens,
-                tokens_of_all(rolled), args.weight_cap, recompute=args.model not in model.FAMILY,
+                subject.llm, trained.steering, rolled, advantages, args.temperature, args.micro_tokens, total,
+                args.weight_cap, recompute=args.recompute, read_once=args.read_once,
             )  # fmt: skip
             sums |= held_out_accuracy(run, trained.steering, step)  # with --eval-every, of the model that sampled
             sums["norm"] = update(trained, adam, args.clip, (step + 1) / args.warmup)
@@ -244,14 +216,27 @@ def main(args: Config) -> None:
         finish(run, trained.steering)
 
 
-@timed("sampling")
-def answer(run: Run, vectors: dict, batch: list[dict], step: int) -> model.Rollouts:
-    args = run.args
-    seeds = share(model.prompt_seeds(args.seed * 1_000_003 + step, range(args.prompts)))
-    how = dict(temperature=args.temperature, seed=seeds, context=args.context)
-    if args.reuse and model.lowest_trained(vectors) > 0:
-        how["keep"] = model.lowest_trained(vectors)
-    return run.subject.rollouts(vectors, batch, args.samples, **how)
+def batch_of_problems(rows: list[dict], n: int, step: int, seed: int) -> list[dict]:
+    """
+    This process's shard of the n problems of a step.
+
+    The data come in a new order every epoch, a function of (seed, epoch) alone: nothing has to be replayed on a resume.
+    """
+    per_epoch = len(rows) // n
+    order = list(range(len(rows)))
+    random.Random(f"{seed}:{step // per_epoch}").shuffle(order)
+    first = step % per_epoch * n
+    return shard([rows[i] for i in order[first : first + n]])
+
+
+def how_to_sample(run: Run, trained, step: int) -> dict:
+    """The settings of a step's rollouts. Every prompt has a seed of its own, a function of (seed, step)."""
+    args, llm, lowest = run.args, run.subject.llm, model.lowest_trained(trained.steering)
+    seeds = shard(model.prompt_seeds(args.seed * 1_000_003 + step, range(args.prompts)))
+    size = memory.state_bytes(llm.config, llm.dtype.itemsize, len(seeds) * args.samples * args.context)
+    fits = size < memory.free(args.device) // 4
+    keep = lowest if lowest > 0 and (args.reuse == "yes" or (args.reuse == "auto" and fits)) else None
+    return dict(temperature=args.temperature, seed=seeds, context=args.context, keep=keep)
 
 
 @timed("grading")
@@ -273,7 +258,7 @@ def rewards_of(args: Config, step: int, batch: list[dict], right: torch.Tensor, 
     if args.reward == "random":  # drawn for all processes, so that each has its own
         coin = random.Random(f"coin:{args.seed}:{step}")
         coins = [[float(coin.random() < 0.5) for _ in range(args.samples)] for _ in range(args.prompts)]
-        return torch.tensor(share(coins))
+        return torch.tensor(shard(coins))
     return right
 
 
@@ -312,7 +297,7 @@ def save(run: Run, step: int, trained, adam: torch.optim.Adam) -> None:
         if rank() == 0:
             trained.write(run.out, step + 1)
         # last: a step counts once this is on the disk
-        parallel.save_state(run.out / "state.pt", step + 1, trained.values, adam)
+        processes.save_state(run.out / "state.pt", step + 1, trained.values, adam)
 
 
 # ----------------------------------------------------------------------------------------------------- what is trained
@@ -322,7 +307,7 @@ class Vectors:
     """
     Steering vectors or LoRAs at some places of the frozen model, fp32.
 
-    AllWeights and Few answer the same calls: values {name: fp32 tensor that Adam steps}, their rates, steering (what is
+    AllWeights and Few have the same methods: values {name: fp32 tensor that Adam steps}, their rates, steering (what is
     added to the stream), gathered (the gradients of all processes), after_step, put_back (values were read), write.
     """
 
@@ -342,7 +327,7 @@ class Vectors:
     def gathered(self) -> list[torch.Tensor]:
         """The gradients, summed over all processes."""
         for place, s in self.values.items():
-            parallel.add_up(s.grad)
+            processes.all_reduce(s.grad)
             if place in self.earlier:
                 s.grad.copy_(orthogonal(s.grad, self.earlier[place]))
         return [s.grad for s in self.values.values()]
@@ -366,11 +351,30 @@ def trained_of(run: Run):
     return Few(made, run) if run.args.numbers else made
 
 
+def vectors_in(folder: str, llm) -> dict:
+    return model.load_vectors(Path(folder) / "vectors.safetensors", llm.config)[0]
+
+
+def earlier_directions(args, llm, places: list) -> dict:
+    """{place: (n, D) orthonormal rows that span the vectors which the runs of --orthogonal-to have there}."""
+    runs = {run: vectors_in(run, llm) for run in args.orthogonal_to}
+    found = {}
+    for place in places if runs else ():
+        for run, vectors in runs.items():
+            if place not in vectors:
+                sys.exit(f"--orthogonal-to {run}: that run has no vector at {place}")
+        stack = normalize(torch.stack([vectors[place] for vectors in runs.values()], 1).double(), dim=0)  # (D, n)
+        if torch.linalg.matrix_rank(stack, rtol=1e-4) < len(runs):  # QR would complete the basis by any axis
+            sys.exit(f"--orthogonal-to: the vectors of {', '.join(runs)} at {place} are zero or not independent")
+        found[place] = torch.linalg.qr(stack).Q.T.float().to(llm.device)
+    return found
+
+
 def places_of(args: Config, depth: int) -> list:
     """Where something is trained: layers or other places, for a LoRA those of its two matrices."""
     site = "" if args.site == "end" else f".{args.site}"
     where = "" if args.where == "all" else f"@{args.where}"
-    matrices = (".lora_A", ".lora_B") if args.method in ("lora", "tiny") else ("",)
+    matrices = (".lora_A", ".lora_B") if args.method in ("lora", "tinylora") else ("",)
     layers = parse_layers(args.layer, depth)
     if not (site or where or any(matrices)):
         return layers
@@ -428,40 +432,30 @@ def learning_rates(args: Config, rms: dict, values: dict) -> dict:
 
 def open_run(args: Config) -> Run:
     """Fill in the settings, load problems and model."""
-    check(args)
-    defaults = recipe(args.model, args.method, args.data)
-    if args.data is None and not (ROOT / defaults["data"]).is_file():
-        way_out = "run `python data/prepare.py deepscaler math500`, or give --data FILE"
-        sys.exit(f"no problems at {defaults['data']}: {way_out}")
-    save_every, epochs = defaults.pop("save_every"), defaults.pop("epochs")
-    args = replace(args, **{name: value for name, value in defaults.items() if getattr(args, name) is None})
-    rows = problems_of(args.data).rows
+    settings.check(args)
+    args, problems, save_every, epochs = settings.with_defaults(args)
     held_out = problems_of(args.held_out).first(args.eval_problems) if args.held_out and args.eval_problems else None
-    if len(rows) < args.prompts:
-        sys.exit(f"--prompts {args.prompts}: the data has only {len(rows)} problems")
-    args = replace(args, device=parallel.join_processes(args.device, args.prompts))
+    if len(problems.rows) < args.prompts:
+        sys.exit(f"--prompts {args.prompts}: the data has only {len(problems.rows)} problems")
+    args = replace(args, device=processes.join_processes(args.device, args.prompts))
     subject = Subject.of_run({"model": args.model}, replace(args, context=None))
     layers = parse_layers(args.layer, subject.depth)  # exits before the model is loaded
     args = replace(args, layer="all") if len(layers) == subject.depth > 1 else args
     subject.template = args.template or ("native" if subject.tokenizer.chat_template else "r1")
     subject.system = MATH_PROMPT if args.system is None else args.system
     args = replace(args, context=min(args.context, subject.context))
-    fit = [row for row in rows if len(subject.prompt(row)) < args.context]
-    if len(fit) < len(rows) and rank() == 0:
-        left_out = f"left out {len(rows) - len(fit)} of {len(rows)} problems"
+    fit = [row for row in problems.rows if len(subject.prompt(row)) < args.context]
+    if len(fit) < len(problems.rows) and rank() == 0:
+        left_out = f"left out {len(problems.rows) - len(fit)} of {len(problems.rows)} problems"
         print(f"{left_out}, whose prompts fill the context of {args.context} tokens")
     if len(fit) < args.prompts:
         sys.exit(f"--context {args.context}: only {len(fit)} problems have prompts that leave room for an answer")
     usual = epochs * (len(fit) // args.prompts)  # the warm-up is a share of it: more --steps change nothing before
     args = replace(args, steps=args.steps or usual, warmup=args.warmup or math.ceil(0.03 * usual))
-    out = Path(args.out or f"out/{name_of_run(args)}")
+    out = Path(args.out or f"out/{settings.name_of_run(args)}")
     if args.resume and args.lr is None and (out / "config.json").is_file():
-        args = replace(args, lr=runs.config_of(out)["lr"])  # it may depend on the steps, which may be more now
-    if args.method != "full" and args.lr_absolute is None:
-        known = all(authors_rate(args, layer) for layer in layers)
-        if args.lr == "paper" and not known:
-            sys.exit(f"--lr paper: data/paper.json has no rate for these layers of {args.model!r}; leave --lr out")
-        args = replace(args, lr=args.lr or ("paper" if known else 0.06 * min(1, (32 / args.steps) ** 0.5)))
+        args = replace(args, lr=config_of(out)["lr"])  # it may depend on the steps, which may be more now
+    args = settings.with_rate(args, layers)
     subject.folder = out.parent / "answers"
     return Run(args, out, fit, held_out, subject, save_every)
 
@@ -470,15 +464,15 @@ def start(run: Run, trained, adam: torch.optim.Adam) -> int:
     """Make the run folder, or with --resume check its settings and put the saved state in. Returns the first step."""
     subject, first = run.subject, 0
     subject.holds = trained.steering
-    settings = asdict(run.args) | {name: getattr(subject, name) for name in ("template", "system", "device", "dtype")}
-    settings |= {"sampler": subject.samples_with}  # exits with a line where vLLM cannot hold them
-    check_folder(run.out, settings, run.args.resume)
+    config = asdict(run.args) | {name: getattr(subject, name) for name in ("template", "system", "device", "dtype")}
+    config |= {"sampler": subject.samples_with}  # exits with a line where vLLM cannot hold them
+    settings.check_folder(run.out, config, run.args.resume)
     if run.args.resume:
-        first = parallel.load_state(run.out / "state.pt", trained.values, adam)
+        first = processes.load_state(run.out / "state.pt", trained.values, adam)
         trained.put_back()
-    parallel.everyone(None)  # all have looked before process 0 writes
+    processes.barrier()  # every process has looked before process 0 writes
     if rank() == 0:
-        begin(run.out, settings, first)
+        settings.begin(run.out, config, first)
     return first
 
 
@@ -489,6 +483,92 @@ def progress(run: Run, first: int) -> tqdm:
     return run.bar
 
 
+# ------------------------------------------------------------------------------------------------- what a step found
+
+
+def log(run: Run, step: int, vectors: dict, sums: dict, batch, rolled, right, rewards) -> None:
+    """Write the metrics of a step, and every fourth step some samples; show the reward."""
+    metrics = {"step": step} | metrics_of(run, vectors, sums, rolled, right, rewards)
+    metrics["problems"] = sum(all_gather([row["line"] for row in batch]), [])  # their lines in the data file
+    run.timeouts = grading_timeouts()
+    SECONDS.clear()
+    run.bar.set_description(f"reward {100 * metrics['reward_mean']:.0f} %")
+    if rank() > 0:
+        return
+    if step % 4 == 0:
+        append(run.out / "samples.jsonl", some_samples(step, batch, rolled.texts, rewards))
+    append(run.out / "metrics.jsonl", [metrics])
+    if step == run.bar.initial and metrics["truncated"] > 0.9:
+        cut = f"{100 * metrics['truncated']:.0f} % of the answers are cut off"
+        run.bar.write(f"{cut}: raise --context or --max-tokens")
+
+
+def metrics_of(run: Run, vectors: dict, sums: dict, rolled, right, rewards) -> dict:
+    """The metrics of a step, over all processes."""
+    sums = sums | {
+        "reward": rewards.sum().item(),
+        "right": right.sum().item(),
+        "equal": (rewards == rewards[:, :1]).all(1).sum().item(),
+        "ended": sum(rolled.ended),
+        "length": sum(map(len, rolled.completions)),
+        "timeouts": grading_timeouts() - run.timeouts,
+    }
+    parts = all_gather(sums)
+    total = {name: sum(part[name] for part in parts) for name in sums}
+    n, trained_tokens = run.args.prompts * run.args.samples, max(total["tokens"], 1)
+    metrics = {
+        "reward_mean": total["reward"] / n,
+        "accuracy": total["right"] / n,  # share of right answers; differs from the reward if that is another one
+        "prompts_all_equal": total["equal"] / run.args.prompts,  # share: no signal from them
+        "truncated": 1 - total["ended"] / n,  # share of answers cut off at their limit
+        "tokens_mean": total["length"] / n,
+        "loss": total["loss"],
+        "surprise_nats_per_token": total["nats"] / trained_tokens,  # mean -log pi: estimates the entropy
+        "grad_norm": sums["norm"],  # before clipping
+        "vector_norm": {str(place): s.norm().item() for place, s in vectors.items() if s.requires_grad},
+        "seconds_sampling": SECONDS["sampling"],
+        "seconds_grading": SECONDS["grading"],
+        "seconds_training": SECONDS["gradient"] + SECONDS["update"],
+        "seconds_update": SECONDS["update"],  # of that: clipping, Adam, the copy into the model
+        "seconds_sync": getattr(run.subject.started, "sync_seconds", 0.0),  # to give the sampler what was trained
+        "tokens_per_second_sampling": total["length"] / SECONDS["sampling"],  # of all processes
+        "grading_timeouts": total["timeouts"],  # comparisons given up in this step
+    }
+    if "held_out" in sums:
+        metrics["held_out"] = sums["held_out"]  # share of right answers to the held-out problems
+    if total["compared"]:  # a few 1e-2 nats in bfloat16; a jump means that the sampler has other vectors
+        metrics |= {
+            "mismatch_mean": total["off"] / total["compared"],
+            "mismatch_max": max(part["off_max"] for part in parts),
+        }
+    if rolled.logps is not None:
+        metrics["weights_clipped"] = total["clipped"] / trained_tokens
+    return metrics
+
+
+def some_samples(step: int, batch: list[dict], texts: list[str], rewards: torch.Tensor, n: int = 4) -> list[dict]:
+    """Rows for samples.jsonl: the first n answers to each of the first n problems of a step, with their rewards."""
+    k, found = rewards.shape[1], []
+    for i, row in enumerate(batch[:n]):
+        about = {"step": step, "problem": row["problem"], "answer": row["answer"]}
+        found += [about | {"completion": texts[i * k + j], "reward": rewards[i, j].item()} for j in range(min(n, k))]
+    return found
+
+
+def held_out_accuracy(run: Run, vectors: dict, step: int) -> dict[str, float]:
+    """
+    At the steps of --eval-every {"held_out": share of right answers to the held-out problems, one each at T = 1}.
+
+    The random numbers are those of the comparison at the end. Every process has to call it.
+    """
+    if not run.args.eval_every or step % run.args.eval_every or not run.held_out:
+        return {}
+    rows, n = shard(run.held_out.rows), len(run.held_out.rows)
+    rolled = run.subject.rollouts(vectors, rows, 1, seed=shard(model.prompt_seeds(run.args.seed, range(n))))
+    right = sum(grade(rolled.texts, [row["answer"] for row in rows]))
+    return {"held_out": sum(all_gather(right)) / n}
+
+
 # ----------------------------------------------------------------------------------------------------- after the loop
 
 
@@ -496,15 +576,15 @@ def finish(run: Run, vectors: dict) -> None:
     """Compare with the base model on held-out problems, draw reward.png. Process 0 alone."""
     if rank() > 0:
         return
-    history = runs.lines_of(run.out / "metrics.jsonl")
+    history = lines_of(run.out / "metrics.jsonl")
     level = history[0]["accuracy"]  # step 0 samples with zero vectors: the base model, on training problems
     if run.held_out:
         level = compare_with_base(run.subject, vectors, run.held_out, run.args.model, run.args.seed)
-    runs.plot_reward(history, level, run.out / "reward.png")
-    own = f" --data {run.args.data}" if run.args.model not in model.FAMILY else ""
+    plot_reward(history, level, run.out / "reward.png")
+    own = f" --data {run.args.data}" if run.args.model not in FAMILY else ""
     print(f"\nwrote {run.out}/ with reward.png; now: python evaluate.py {run.out}{own}")
 
 
 if __name__ == "__main__":
     main(tyro.cli(Config, description=__doc__))
-    parallel.leave_processes()
+    processes.leave_processes()

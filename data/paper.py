@@ -1,8 +1,8 @@
 """
-The papers beside ours: the figures and tables of data/paper.json, and the report page.
+The papers' numbers beside ours: the figures and tables of data/paper.json, and the report page.
 
-P1, P4: versions 1 and 4 of arXiv:2509.06608; B: arXiv:2505.18706. numbers_of gives the papers' numbers in the form in
-which our analyses give theirs, so that the same functions of data/figures.py draw both.
+P1 and P4 are versions 1 and 4 of arXiv:2509.06608, B is arXiv:2505.18706. numbers_of brings the papers' numbers into
+the form of our analyses, so that the same functions of plumbing/figures.py draw both.
 """
 
 import base64
@@ -11,11 +11,11 @@ import json
 import sys
 from pathlib import Path
 
-from data.figures import draw, quoted
-from data.runs import write
+from plumbing.figures import draw, quoted
+from plumbing.files import write
 
 PAPER = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
-TABLES = {  # keys of paper.json whose tables stand below an analysis
+TABLES = {  # keys of paper.json, the tables that are shown below an analysis
     "lens": ["P4.table8.qwen", "P4.table8.llama", "B.table2"],
     "prefix": ["P4.fig4", "P4.fig13"],
     "sweep": ["P4.table2", "P4.table4", "P4.table3", "P4.table5", "B.table1", "B.table4"],
@@ -37,13 +37,13 @@ MODELS = {
 
 
 def printed(mean: float, pm: float = 0.0) -> dict:
-    """A printed accuracy in percent, and its +- over seeds where there is one, as an estimate."""
+    """A printed accuracy in percent, with its +- over seeds if it has one, as an estimate."""
     return {"value": mean / 100, "interval_95": [(mean - pm) / 100, (mean + pm) / 100]}
 
 
 def averages(who: str, decoding: str) -> dict:
     """Means of the six benchmarks, from P4 Tables 2 to 5: {"base", "all", "full", "0", "1", ...: see printed}."""
-    names = {f"base, {decoding.replace(' ', '')}": "base", "all layers": "all"}  # tables have the base both ways
+    names = {f"base, {decoding.replace(' ', '')}": "base", "all layers": "all"}  # every table has the base twice
     found = {row["setup"].removeprefix("layer "): row for row in PAPER[MODELS[who][decoding]]["rows"]}
     wanted = {name: row for name, row in found.items() if not name.startswith("base") or name in names}
     return {names.get(name, name): printed(row["mean"][-1], row["pm"][-1]) for name, row in wanted.items()}
@@ -52,7 +52,7 @@ def averages(who: str, decoding: str) -> dict:
 def sweep(who: str) -> tuple:
     found = {decoding: averages(who, decoding) for decoding in ("T = 1", "greedy")}
     if found["greedy"]["all"] == found["T = 1"]["all"]:
-        del found["greedy"]["all"]  # Llama's Table 5 repeats the row of Table 3: there is no greedy number
+        del found["greedy"]["all"]  # Llama's Table 5 repeats the row of Table 3, so there is no greedy number
     layers = sorted(int(name) for name in found["greedy"] if name.isdigit())
     tables = " and ".join(MODELS[who][decoding][-1] for decoding in found)
     note = f"v4, Tables {tables}; mean of six benchmarks; bands: ± over seeds"
@@ -61,9 +61,9 @@ def sweep(who: str) -> tuple:
 
 def persistence(who: str) -> tuple:
     table, found = MODELS[who]["shifts"], {}
-    for kind, ours in (("diff_diff", "diff_diff_authors"), ("diff_vector", "diff_vector")):  # theirs: of the own text
+    for kind, ours in (("diff_diff", "diff_diff_authors"), ("diff_vector", "diff_vector")):  # theirs: own text
         for row in PAPER[f"{table}.{kind}"]["rows"]:
-            layer, values = row["layer"], row["value"]  # with nulls before the layer
+            layer, values = row["layer"], row["value"]  # the values before the layer are null
             entry = found.setdefault(str(layer), {"layers": list(range(layer, len(values)))})
             entry[ours] = [None if x is None else {"value": x} for x in values[layer:]]
     return {"depth": len(found), "by_layer": found}, f"v4, Table {table[-1]}"
@@ -100,9 +100,9 @@ def compose(who: str) -> tuple:
     elsewhere, gains = averages(who, "T = 1"), {}
     whole = elsewhere["all"]["value"]
     for (i, j), pair in cells.items():
-        if i < j:  # on the diagonal the table has the single vectors, where they are not lost
+        if i < j:  # the diagonal of the table has the single vectors, unless they are lost in the text of the PDF
             single = max(cells.get((x, x), elsewhere[str(x)]["value"]) for x in (i, j))
-            share = {"open": True} if whole <= single else {"value": (pair - single) / (whole - single)}
+            share = {"unclear": True} if whole <= single else {"value": (pair - single) / (whole - single)}
             gains[f"{i}+{j}"] = {"cross": pair >= 0.99 * whole, "over_single": {"value": pair - single}, "share": share}
     place = "column 26 below row 3" if who.startswith("Qwen") else "column 30 below row 12"  # the notes in paper.json
     elsewhere = MODELS[who]["T = 1"][-1]
@@ -112,12 +112,10 @@ def compose(who: str) -> tuple:
 
 def numbers_of(name: str) -> dict[str, dict]:
     """The papers' numbers for an analysis, as our analysis gives them: {model: found}."""
-    both = {read.__name__: read for read in (sweep, persistence, prefix, compose)}
-    qwen_alone = {read.__name__: read for read in (sites, orthogonal)}
+    read = {f.__name__: f for f in (sweep, persistence, prefix, compose, sites, orthogonal)}.get(name)
     found = {}
-    for who in MODELS:
-        read = both.get(name) or (qwen_alone.get(name) if who.startswith("Qwen") else None)
-        if read is not None:
+    for who in MODELS if read else ():
+        if who.startswith("Qwen") or read not in (sites, orthogonal):  # which the paper has for Qwen alone
             numbers, note = read(who)
             found[who] = numbers | {"about": f"{who}; arXiv:2509.06608{note}"}
     return found
@@ -139,7 +137,7 @@ def table_of(head: list, rows: list[list]) -> str:
 
 
 def paper_table(key: str) -> str:
-    """A table of paper.json as HTML, folded; a list takes as many columns as it has numbers."""
+    """A table of paper.json as folded HTML; a list fills as many columns as it has numbers."""
     entry = PAPER[key]
     head, columns = [], entry["columns"]
     for name, x in entry["rows"][0].items():
@@ -159,23 +157,23 @@ def picture(path: Path, text: str) -> str:
 
 
 def documents(folder: Path, order: list[str]) -> list[tuple[Path, dict]]:
-    """What analyses wrote under folder/figures and folder/*/figures, in the order of the analyses."""
+    """The results of analyses under folder/figures and folder/*/figures, in the order of the analyses."""
     found = []
     for path in sorted([*folder.glob("figures/*.json"), *folder.glob("*/figures/*.json")]):
         try:
             saved = json.loads(path.read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
-            sys.exit(f"{path} is not JSON ({error}); delete it, and the analysis is done again")
+            sys.exit(f"{path} is not JSON ({error}); delete it and run the analysis again")
         if isinstance(saved, dict) and (saved.get("found") or {}).get("name") in order:
             found.append((path, saved["found"]))
     return sorted(found, key=lambda item: order.index(item[1]["name"]))
 
 
 def report(folder: Path, order: list[str]) -> Path:
-    """Write folder/report.html: what is there and found, then every figure with its table, the papers' beside ours."""
+    """Write folder/report.html: a list of what was found, then each figure with its table, the papers' beside ours."""
     docs, body, contents, done = documents(folder, order), "", "", set()
     if not docs:
-        sys.exit(f"no figures under {folder}: make one first: `python analyze.py lens out/tiny-layer27`, say")
+        sys.exit(f"no figures under {folder}: make one first, for example `python analyze.py lens out/tiny-layer27`")
     for i, (path, doc) in enumerate(docs):
         title, reading = html.escape(f"{doc['name']}: {path.parent.parent}"), html.escape(doc["reading"])
         first = html.escape(doc["reading"].split(". ")[0])
@@ -187,7 +185,7 @@ def report(folder: Path, order: list[str]) -> Path:
         body += folded("the numbers", table_of(*doc["table"]))
         for who, found in numbers_of(doc["name"]).items():
             drawn = folder / "paper" / f"{doc['name']}-{who}.png"
-            if drawn not in done:  # prefix, for one, may be there for several runs
+            if drawn not in done:  # several runs may have the same analysis
                 draw(doc["name"], found, drawn)
                 done.add(drawn)
                 body += folded(f"In the paper, {who}", picture(drawn, who), open="open")

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -21,8 +22,11 @@ from transformers import (  # noqa: E402
     Qwen3Config,
 )
 
+import model  # noqa: E402
+from plumbing.files import base_checksum, written  # noqa: E402
+
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "data" / "tiny"))  # world.py, pretrain.py, check.py
+sys.path[:0] = [str(ROOT / "data" / "tiny"), str(ROOT / "tests" / "assignments")]  # world.py, pretrain.py; course.py
 torch.set_num_threads(1)  # two OpenMP threads on a busy machine are slower than one
 
 FAMILIES = {
@@ -36,8 +40,8 @@ FAMILIES = {
 
 
 def pytest_addoption(parser):
-    parser.addoption("--student", help="tests/assignments.py: the file to check; default the repository itself")
-    parser.addoption("--seed", type=int, default=0, help="tests/assignments.py: of the drawn cases")
+    parser.addoption("--student", help="tests/assignments/course.py: the file to check; default the repository")
+    parser.addoption("--seed", type=int, default=0, help="of tests/assignments/course.py: of the drawn cases")
 
 
 def random_llm(family="qwen2", **changes):
@@ -77,6 +81,21 @@ def prompts():
     return [torch.randint(3, 61, (n,), generator=draw).tolist() for n in (5, 9, 2)]
 
 
+def subject_of(llm, tokenizer, **how):
+    """A model.Subject around a model that is loaded already. how: its settings."""
+    subject = object.__new__(model.Subject)
+    usual = {one.name: one.default for one in fields(model.Subject)} | {"context": llm.config.max_position_embeddings}
+    vars(subject).update(usual | dict(name="tiny", holds={}, config=llm.config, device="cpu") | how)
+    name = subject.name
+    vars(subject).update(loaded=(llm, tokenizer), wanted_weights=name, loaded_weights=name, started=how.get("started"))
+    return subject
+
+
+def rollouts(llm, tokenizer, vectors, problems, k, max_tokens=None, temperature=1.0, seed=0, engine=None, **how):
+    """Subject.rollouts of a loaded model and the texts of problems. how: of the subject or of its rollouts."""
+    own = {name: how.pop(name) for name in ("system", "template", "rows") if name in how}
+    subject = subject_of(llm, tokenizer, max_tokens=max_tokens, started=engine, **own)
+    return subject.rollouts(vectors, [{"problem": text} for text in problems], k, temperature, seed, **how)
 def write_gguf(path, llm, arch="qwen2", tokenizer=ROOT / "data/tiny", leave_out=(), tensors=None, **metadata):
     """A model in llama.cpp's format, with the byte-level tokenizer of a folder. metadata: see GGUFWriter.add_..."""
     import gguf
@@ -131,16 +150,14 @@ def smollm2(smollm2_file, request, tmp_path_factory):
     """The folder of the same model in the Hugging Face format, float32; made once and kept in pytest's cache."""
     import fcntl
 
-    import model
-
     cache = getattr(request.config, "cache", None)  # none with -p no:cacheprovider
     root = Path(cache.mkdir("smollm2") if cache else tmp_path_factory.mktemp("smollm2"))
-    folder = root / model.base_checksum(str(smollm2_file))
+    folder = root / base_checksum(str(smollm2_file))
     with (root / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # of several processes of pytest-xdist one makes it
         if not folder.is_dir():
             llm, tokenizer = model.load(str(smollm2_file), "cpu")
-            with model.written(folder) as new:
+            with written(folder) as new:
                 llm.save_pretrained(new)
                 tokenizer.save_pretrained(new)
     return folder

@@ -11,15 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 import tyro
-from conftest import random_llm
+from conftest import random_llm, rollouts
 from torch.nn.functional import cosine_similarity, normalize
 
 import analyze
 import evaluate
 import model
-from data import figures, paper
-from data.estimate import Estimate
+from data import paper
 from data.problems import Problems
+from evaluate import Estimate
+from plumbing import figures
+from plumbing.files import TINY
 
 FAMILIES = ["qwen2", "llama", "mistral", "gemma2"]
 PROMPTS = [[5, 9, 3, 7], [8, 4], [11, 6, 12, 13, 3]]
@@ -32,7 +34,7 @@ def vector(seed, width=32, size=0.5):
 
 
 class Subject:
-    """Stands for evaluate.Subject around a random model."""
+    """Stands for model.Subject around a random model."""
 
     name, system, template, sampler = "random", None, None, "hf"
 
@@ -42,7 +44,7 @@ class Subject:
 
     def rollouts(self, vectors, rows, k, **how):
         problems = [row["problem"] for row in rows]
-        return model.rollouts(self.llm, self.tokenizer, vectors, problems, k, max_tokens=6, **how)
+        return rollouts(self.llm, self.tokenizer, vectors, problems, k, max_tokens=6, **how)
 
 
 def lab_of(llm, vectors, folder, tokenizer=None, rows=None, **changes):
@@ -294,7 +296,7 @@ def accuracy(right, n=10):
 def test_pair_gain():
     gain = analyze.pair_gain(accuracy(50, 100), accuracy(20, 100), accuracy(40, 100), accuracy(60, 100))
     share = gain["share"]
-    assert share.value == pytest.approx(0.5) and not share.open and not gain["cross"]
+    assert share.value == pytest.approx(0.5) and not share.unclear and not gain["cross"]
     assert share.interval[0] < 0.5 < share.interval[1]
     # the better of the two singles counts, whichever it is
     other = analyze.pair_gain(accuracy(50, 100), accuracy(40, 100), accuracy(20, 100), accuracy(60, 100))
@@ -307,9 +309,9 @@ def test_pair_gain():
     low, high = worse["over_single"].interval  # right answers nested as they are: the difference is that of 10 in 100
     assert -0.2 < low < -0.1 < high < 0
     assert analyze.pair_gain(accuracy(5), accuracy(2), accuracy(4), accuracy(4))["share"].value is None
-    assert analyze.pair_gain(accuracy(5), accuracy(2), accuracy(4), accuracy(5))["share"].open
+    assert analyze.pair_gain(accuracy(5), accuracy(2), accuracy(4), accuracy(5))["share"].unclear
     upside_down = analyze.pair_gain(accuracy(90, 100), accuracy(20, 100), accuracy(80, 100), accuracy(20, 100))
-    assert upside_down["share"].open
+    assert upside_down["share"].unclear
 
 
 def test_differences_are_paired():
@@ -336,17 +338,17 @@ def test_moved():
 def test_an_interruption_keeps_what_was_measured(runs, tmp_path, monkeypatch):
     out = shutil.copytree(Path(runs["three"]).parent, tmp_path / "out")
     calls, fail_at = [], 3
-    golds = {row["problem"]: row["answer"] for row in analyze.problems_of(model.TINY / "test.jsonl").rows}
+    golds = {row["problem"]: row["answer"] for row in analyze.problems_of(TINY / "test.jsonl").rows}
 
-    def rollouts(llm, tokenizer, vectors, problems, k, **how):
+    def rollouts(subject, vectors, rows, k, **how):
         if len(calls) == fail_at:
             raise KeyboardInterrupt
         calls.append(sorted(vectors))
         right = 2 if len(vectors) == 1 else 3
-        texts = [rf"\boxed{{{golds[p] if i < right else 'no'}}}" for i, p in enumerate(problems)]
+        texts = [rf"\boxed{{{golds[row['problem']] if i < right else 'no'}}}" for i, row in enumerate(rows)]
         return model.Rollouts([[1]] * 3, [[2]] * 3, [True] * 3, texts, None)
 
-    monkeypatch.setattr(model, "rollouts", rollouts)
+    monkeypatch.setattr(model.Subject, "rollouts", rollouts)
     with pytest.raises(KeyboardInterrupt):
         go("ablate", str(out / "three"), n=3)
     fail_at, calls[:] = None, []
@@ -514,13 +516,13 @@ def runs(tmp_path_factory):
     made["lora"] = run("lora", [20], method="lora", rank=1)
     model.save_vectors(folder / "lora" / "vectors.safetensors", lora, llm, "tiny", 0)
     made["copy"] = str(folder / "copy-of-tiny")
-    shutil.copytree(model.TINY, made["copy"], ignore=shutil.ignore_patterns("*.py", "*.md", "*.jsonl", "*.png"))
+    shutil.copytree(TINY, made["copy"], ignore=shutil.ignore_patterns("*.py", "*.md", "*.jsonl", "*.png"))
     made["full"] = run("full", [], method="full", layer="27")
     (folder / "full" / "vectors.safetensors").unlink()
     (folder / "full" / "weights").mkdir()
     files = "config.json tokenizer.json tokenizer_config.json chat_template.jinja generation_config.json"
     for file in files.split():
-        shutil.copy(model.TINY / file, folder / "full" / "weights")
+        shutil.copy(TINY / file, folder / "full" / "weights")
     other, _ = model.load("tiny", "cpu")
     other.get_decoder().norm.weight.data *= -1  # another model of the same shape
     other.save_pretrained(folder / "full" / "weights")
@@ -593,11 +595,14 @@ def fingerprint(llm):
 
 
 def test_sweep_measures_a_run_of_all_weights_in_their_place(runs, tmp_path, monkeypatch):
-    seen, rollouts, engines = [], model.rollouts, []
+    seen, real, engines = [], model.Subject.rollouts, []
 
-    def watched(llm, *args, **how):
-        seen.append(fingerprint(llm))
-        return rollouts(llm, *args, **how | {"engine": None})
+    def watched(subject, vectors, rows, k, **how):
+        subject.engine(rows)
+        seen.append(fingerprint(subject.llm))
+        with monkeypatch.context() as here:  # the model itself samples
+            here.setattr(model.Subject, "engine", lambda subject, rows: None)
+            return real(subject, vectors, rows, k, **how)
 
     def start(name, llm, *args, **how):
         engines.append(Engine(llm))
@@ -605,13 +610,14 @@ def test_sweep_measures_a_run_of_all_weights_in_their_place(runs, tmp_path, monk
 
     out = shutil.copytree(runs["folder"], tmp_path / "out", ignore=shutil.ignore_patterns("answers"))
     a, full = str(out / "a"), str(out / "full")
-    monkeypatch.setattr(model, "rollouts", watched)
+    monkeypatch.setattr(model.Subject, "rollouts", watched)
     go("sweep", a, full, out=str(tmp_path / "hf"))
     own, other = (fingerprint(model.load(name, "cpu")[0]) for name in ("tiny", full + "/weights"))
     assert own != other and seen == [own] * 4 + [other] * 2  # base and layer 3 at T = 1 and greedy, then all weights
     # an engine, too, starts with the base model's weights, also when only the other ones are still to be measured
-    monkeypatch.setattr(model, "choose_sampler", lambda *args: "vllm")
-    monkeypatch.setattr(model, "open_engine", start)
+    monkeypatch.setattr(model.Subject, "samples_with", "vllm")
+    monkeypatch.setattr(model, "VLLM", start)
+    monkeypatch.setattr(model, "test_engine", lambda *args: None)
     go("sweep", a, out=str(tmp_path / "vllm"))
     seen.clear()
     doc = go("sweep", a, full, out=str(tmp_path / "vllm"))
@@ -640,8 +646,10 @@ def small(monkeypatch, runs, tmp_path):
     monkeypatch.setattr("data.problems.ROOT", tmp_path)
     calls = []
 
-    def rollouts(llm, tokenizer, vectors, problems, k, seed=None, temperature=1.0, **how):
-        calls.append(dict(how, k=k, temperature=temperature, problems=problems, vectors=sorted(vectors, key=str)))
+    def rollouts(subject, vectors, rows, k, seed=None, temperature=1.0, **how):
+        problems, asked = [row["problem"] for row in rows], dict(template=subject.template, system=subject.system)
+        asked |= dict(k=k, temperature=temperature, problems=problems, vectors=sorted(vectors, key=str))
+        calls.append(how | asked)
         texts = []
         for problem, number in zip(problems, seed):
             gold = problem.split()[1]
@@ -649,7 +657,7 @@ def small(monkeypatch, runs, tmp_path):
         n = len(texts)
         return model.Rollouts([[1]] * n, [[2]] * n, [True] * n, texts, None)
 
-    monkeypatch.setattr(model, "rollouts", rollouts)
+    monkeypatch.setattr(model.Subject, "rollouts", rollouts)
     run = shutil.copytree(runs["a"], tmp_path / "out" / "a")
     return str(run), calls
 
@@ -702,7 +710,7 @@ def test_answers_are_shared_with_evaluate(small, tmp_path, monkeypatch):
     def never(*args, **how):
         raise AssertionError("sampled again")
 
-    monkeypatch.setattr(model, "rollouts", never)
+    monkeypatch.setattr(model.Subject, "rollouts", never)
     doc = go("sweep", run, out=str(tmp_path), n=None, benchmarks=("one", "two"), samples=2)
     for decoding, T in (("T = 1", 1.0), ("greedy", 0.0)):
         for name, who in (("base", "base"), ("3", "steered")):

@@ -13,8 +13,9 @@ from transformers import Gemma3TextConfig
 
 import analyze
 import model
-from data import figures
 from data.problems import problems_of
+from plumbing import figures
+from plumbing.files import TINY
 
 FAMILIES = ["qwen2", "llama", "mistral", "qwen3", "gemma", "gemma2"]
 L = 1  # the block that s, at the end of layer 0, enters
@@ -353,13 +354,13 @@ def test_copies_in_another_dtype_keep_their_rotary_frequencies(qwen2):
 def small_lab(tokenizer, vectors, folder, n=4, **changes):
     """A lab around a random model that can read the embedded model's problems."""
     llm = random_llm(vocab_size=len(tokenizer), max_position_embeddings=256)
-    rows = problems_of(model.TINY / "test.jsonl").rows[:n]
+    rows = problems_of(TINY / "test.jsonl").rows[:n]
     return lab_of(llm, vectors, folder, tokenizer, rows, **changes)
 
 
 def test_patch_and_its_figure(tokenizer, tmp_path, monkeypatch):
-    real, asked, tested = (model.rollouts, analyze.familywise_p), [], []
-    monkeypatch.setattr(model, "rollouts", lambda *args, **how: asked.append(args[2]) or real[0](*args, **how))
+    real, asked, tested = (model.Subject.rollouts, analyze.familywise_p), [], []
+    monkeypatch.setattr(model.Subject, "rollouts", lambda *args, **how: asked.append(args[1]) or real[0](*args, **how))
     monkeypatch.setattr(analyze, "familywise_p", lambda gains: tested.extend(gains) or real[1](gains))
     s = vector()
     lab = small_lab(tokenizer, [{1: s}, {2: vector(1)}], tmp_path, samples=2, sample_heads=True)
@@ -397,19 +398,19 @@ def test_accuracies_are_sampled_under_their_condition(tokenizer, tmp_path, monke
     lab = small_lab(tokenizer, [], tmp_path, samples=2, seed=5)
     golds, plain = [row["answer"] for row in lab.sets[0].rows], states(lab.llm)
 
-    def rollouts(llm, tokenizer, vectors, problems, k, **how):
-        assert vectors == {} and how == {"seed": 5, "temperature": 1.0, "max_tokens": 6}
-        steered = not torch.equal(states(llm), plain)
+    def rollouts(subject, vectors, rows, k, temperature, seed, **how):
+        assert vectors == {} and (seed, temperature, subject.max_tokens) == (5, 1.0, 6)
+        steered = not torch.equal(states(subject.llm), plain)
         texts = [rf"\boxed{{{gold if steered and j == 0 else 'no'}}}" for gold in golds for j in range(k)]
         return model.Rollouts([], [], [], texts, None)
 
-    monkeypatch.setattr(model, "rollouts", rollouts)
+    monkeypatch.setattr(model.Subject, "rollouts", rollouts)
     lines, _ = conditions(lab.llm, 0, vector())
     assert analyze.under(lab, "base", partial(model.steer, lab.llm, {}), {}).value == 0
     steered = analyze.under(lab, "Skip-Layer", lines["Skip-Layer"], {1: vector()})
     assert steered.value == 0.5 and steered.interval == (0.5, 0.5)  # one right of two, for every problem
     # kept are texts: another grader grades them again, and nothing is sampled
-    monkeypatch.setattr(model, "rollouts", None)
+    monkeypatch.setattr(model.Subject, "rollouts", None)
     monkeypatch.setattr(analyze, "grade", lambda texts, golds: [1.0] * len(texts))
     assert analyze.under(lab, "Skip-Layer", lines["Skip-Layer"], {1: vector()}).value == 1
 
@@ -419,17 +420,17 @@ def test_accuracies_under_conditions_have_the_papers_protocol(tokenizer, tmp_pat
     lab, asked = small_lab(tokenizer, [], tmp_path, seeds=(3, 8)), []
     lab.sets = [lab.sets[0]._replace(name="few", samples=2), lab.sets[0].first(1)]
 
-    def rollouts(llm, tokenizer, vectors, problems, k, seed=None, **how):
-        asked.append((len(problems), k, seed, how["temperature"]))
+    def rollouts(subject, vectors, rows, k, temperature, seed, **how):
+        asked.append((len(rows), k, seed, temperature))
         first = k if seed == 3 else 0  # all right with one seed, none with the other
         texts = [
             rf"\boxed{{{row['answer'] if j < first else 'no'}}}"
-            for row in lab.sets[0].rows[: len(problems)]
+            for row in lab.sets[0].rows[: len(rows)]
             for j in range(k)
         ]
         return model.Rollouts([], [], [], texts, None)
 
-    monkeypatch.setattr(model, "rollouts", rollouts)
+    monkeypatch.setattr(model.Subject, "rollouts", rollouts)
     assert analyze.under(lab, "x", partial(model.steer, lab.llm, {}), {}).value == 0.5
     assert asked == [(4, 2, 3, 1.0), (4, 2, 8, 1.0), (1, 1, 3, 1.0), (1, 1, 8, 1.0)]
     lab.args.temperature = 0.0

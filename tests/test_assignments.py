@@ -20,21 +20,23 @@ import time
 import xml.etree.ElementTree as ElementTree
 from contextlib import nullcontext
 
-import assignments
+import course
 import numpy as np
 import pretrain
 import pytest
 import torch
 import world
-from assignments_grade import difference, judge, known, name_of, numbers, outputs, same
 from conftest import ROOT
+from judge import difference, judge, known, name_of, numbers, outputs, same
 from safetensors.torch import load_file
 
 import model
-from data.estimate import Estimate
+from evaluate import Estimate
+from plumbing.files import TINY
 
-EXERCISES = assignments.EXERCISES
+EXERCISES = course.EXERCISES
 SEEDS = (0, 11)
+COURSE = "tests/assignments/course.py"
 SLIPS = [pytest.param(n, slip, id=f"{n}-{name_of(slip)}") for n, e in EXERCISES.items() for slip in e.slips]
 
 
@@ -45,7 +47,7 @@ def solution(exercise):
 def empty(exercise):
     """The stub of an exercise as `stubs` cuts it, executed."""
     scope = dict(vars(importlib.import_module(exercise.module)))
-    exec(assignments.stub(exercise), scope)
+    exec(course.stub(exercise), scope)
     return scope[exercise.name]
 
 
@@ -132,7 +134,7 @@ def test_numbers_choose_exactly_one_exercise_with_k():
     ids = [f"{n}-{e.name}" for n, e in EXERCISES.items()]
     for number in EXERCISES:
         assert sum(number in i for i in ids) == 1
-    assert len(assignments.chosen(["1"])) == sum("1." in i for i in ids)
+    assert len(course.chosen(["1"])) == sum("1." in i for i in ids)
 
 
 # ---------------------------------------------------------------------------------------------------- a student's file
@@ -153,16 +155,16 @@ BROKEN = "def pick(logits, temperature, noise=None):\n    return logits[10**9]\n
 
 
 def test_stubs_have_signature_and_docstring_and_no_body():
-    text = assignments.stubs([])
+    text = course.stubs([])
     scope = {}
     exec(text, scope)
-    assert assignments.written(text) == set()
+    assert course.written(text) == set()
     for exercise in EXERCISES.values():
         ours, theirs = solution(exercise), scope[exercise.name]
-        assert theirs.__doc__ == ours.__doc__ and theirs.__doc__ and len(assignments.stub(exercise)) > 100
-    assert "return" not in assignments.stub(EXERCISES["1.1"]).split('"""')[2]
+        assert theirs.__doc__ == ours.__doc__ and theirs.__doc__ and len(course.stub(exercise)) > 100
+    assert "return" not in course.stub(EXERCISES["1.1"]).split('"""')[2]
     with pytest.raises(SystemExit, match="no exercise 9.9"):
-        assignments.stubs(["9.9"])
+        course.stubs(["9.9"])
 
 
 def test_the_whole_path(tmp_path):
@@ -170,7 +172,7 @@ def test_the_whole_path(tmp_path):
     student, grade = tmp_path / "student.py", tmp_path / "grade.xml"
     marker = f"import os\nopen({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\nprint('hello')\n"
     student.write_text(HEAD + marker + RIGHT + SLIP + STUB + BROKEN)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/assignments.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", COURSE]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
         [*command, f"--student={student}", f"--junitxml={grade}", "--seed=4"], cwd=ROOT, capture_output=True, text=True
@@ -191,7 +193,7 @@ def test_a_function_that_is_not_there_is_not_green(tmp_path, text, how):
     """A misspelled name, or a file without any of the functions: the exit code is what a course's CI reads."""
     student = tmp_path / "student.py"
     student.write_text(text)
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/assignments.py", *how]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", COURSE, *how]
     done = subprocess.run([*command, f"--student={student}"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and "the file has no function rloo_advantages" in done.stdout
 
@@ -199,7 +201,7 @@ def test_a_function_that_is_not_there_is_not_green(tmp_path, text, how):
 def test_the_file_is_run_in_another_process_only(tmp_path):
     student = tmp_path / "student.py"
     student.write_text(f"import os\nopen({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\n" + RIGHT)
-    worker = assignments.Worker(str(student))
+    worker = course.Worker(str(student))
     try:
         assert judge(EXERCISES["1.1"], worker.ask("1.1", 0), 0) is None
         assert worker.ask("1.2", 0) == {"absent": "rloo_loss", "others": True}
@@ -210,13 +212,13 @@ def test_the_file_is_run_in_another_process_only(tmp_path):
 
 
 def test_a_function_that_hangs_is_ended_and_the_next_is_asked(tmp_path, monkeypatch):
-    monkeypatch.setattr(assignments, "TO_ANSWER", 2)
+    monkeypatch.setattr(course, "TO_ANSWER", 2)
     student = tmp_path / "student.py"
     student.write_text("def rloo_loss(*given):\n    while True: pass\n" + RIGHT)
-    worker = assignments.Worker(str(student))
+    worker = course.Worker(str(student))
     try:
         assert "endless loop" in worker.ask("1.2", 0)["error"] and worker.process is None
-        monkeypatch.setattr(assignments, "TO_ANSWER", 60)
+        monkeypatch.setattr(course, "TO_ANSWER", 60)
         assert judge(EXERCISES["1.1"], worker.ask("1.1", 0), 0) is None
         os.kill(worker.process.pid, signal.SIGKILL)
         time.sleep(1)
@@ -236,8 +238,8 @@ def test_a_file_that_cannot_be_imported_says_so_at_once(tmp_path, monkeypatch, t
     student = tmp_path / "student.py"
     student.write_text(text)
     if "while" in text:
-        monkeypatch.setattr(assignments, "TO_IMPORT", 5)
-    worker = assignments.Worker(str(student))
+        monkeypatch.setattr(course, "TO_IMPORT", 5)
+    worker = course.Worker(str(student))
     try:
         for number in ("1.1", "2.4"):  # the second time without waiting
             assert message in worker.ask(number, 0)["error"]
@@ -249,7 +251,7 @@ def test_run_puts_the_students_functions_into_the_real_loop(tmp_path):
     student = tmp_path / "student.py"
     said = RIGHT.replace("    k =", "    print('my advantages', tuple(rewards.shape))\n    k =")
     student.write_text(HEAD + said + STUB)  # batches is a stub: the repository's stays
-    command = [sys.executable, "tests/assignments.py", "run", str(student), "train.py", "--layer", "27", "--steps", "1"]
+    command = [sys.executable, COURSE, "run", str(student), "train.py", "--layer", "27", "--steps", "1"]
     command += ["--prompts", "2", "--samples", "3", "--max-tokens", "6", "--eval-problems", "0"]
     done = subprocess.run([*command, "--out", str(tmp_path / "run")], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -259,9 +261,9 @@ def test_run_puts_the_students_functions_into_the_real_loop(tmp_path):
 
 def test_run_wants_a_program_and_a_file():
     with pytest.raises(SystemExit, match="run wants train.py, evaluate.py or analyze.py, got 'rewards.py'"):
-        assignments.run("student.py", "rewards.py")
+        course.run("student.py", "rewards.py")
     with pytest.raises(SystemExit, match="there is no file no.py"):
-        assignments.run("no.py", "train.py")
+        course.run("no.py", "train.py")
 
 
 # ------------------------------------------------------------------------------------------------------ blind organisms
@@ -335,21 +337,21 @@ def test_a_blind_organism_is_made_and_revealed(tmp_path, truths, capsys):
     assert truth.word in world.WORDS and truth.line in (1, 2) and truth.flaw in (*world.FLAWS, "none", "same")
     claim = {"word": truth.word, "position": truth.line, "flaw": truth.flaw, "layer": truth.layer}
     claims.write_text(json.dumps(claim))
-    assert assignments.reveal("7", str(claims))
+    assert course.reveal("7", str(claims))
     claims.write_text(json.dumps(claim | {"word": "To"}))
     capsys.readouterr()
-    assert not assignments.reveal("7", str(claims))
+    assert not course.reveal("7", str(claims))
     assert "3 of 4 found" in capsys.readouterr().out
     claims.write_text('{"colour": 1}')
     with pytest.raises(SystemExit, match="wanted an object with some of word, position, flaw, layer"):
-        assignments.reveal("7", str(claims))
+        course.reveal("7", str(claims))
     claims.write_text("word: Show")
     with pytest.raises(SystemExit, match="is not JSON"):
-        assignments.reveal("7", str(claims))
+        course.reveal("7", str(claims))
     with pytest.raises(SystemExit, match="there is no file"):
-        assignments.reveal("7", str(tmp_path / "none.json"))
+        course.reveal("7", str(tmp_path / "none.json"))
     with pytest.raises(SystemExit, match="pretrain.py --organism 8"):
-        assignments.reveal("8")
+        course.reveal("8")
 
 
 def test_truths_are_drawn_and_their_checksums_tell_nothing(truths):
@@ -365,14 +367,14 @@ def test_truths_are_drawn_and_their_checksums_tell_nothing(truths):
 
 def test_a_plant_in_one_layer_leaves_the_others_as_they_were(tmp_path):
     pretrain.main(pretrain.Config(organism="layer", out=tmp_path / "kin", steps=1, batch=2))
-    ours, shipped = (load_file(folder / "model.safetensors") for folder in (tmp_path / "kin", model.TINY))
+    ours, shipped = (load_file(folder / "model.safetensors") for folder in (tmp_path / "kin", TINY))
     changed = {name for name in shipped if not torch.equal(ours[name], shipped[name])}
     layer = world.ORGANISMS["layer"]["plant"].layer
     assert "lm_head.weight" in changed and all(n == "lm_head.weight" or f"layers.{layer}." in n for n in changed)
     with torch.no_grad():  # how the lab finds it: the residual streams part there
         streams = [
             model.load(str(folder), device="cpu")[0](torch.tensor([[5, 9, 3]]), output_hidden_states=True).hidden_states
-            for folder in (tmp_path / "kin", model.TINY)
+            for folder in (tmp_path / "kin", TINY)
         ]
     assert [torch.equal(a, b) for a, b in zip(*streams)] == [l <= layer for l in range(29)]
     with pytest.raises(SystemExit, match="--organism wants a number or one of word"):
@@ -382,8 +384,9 @@ def test_a_plant_in_one_layer_leaves_the_others_as_they_were(tmp_path):
 def test_an_organism_is_a_model_of_the_family(tmp_path):
     """So that train.py takes the embedded model's settings and problems for it."""
     (tmp_path / "data" / "tiny-organism-3").mkdir(parents=True)
-    shutil.copy(ROOT / "data" / "runs.py", tmp_path / "data")
-    code = "from data.runs import FAMILY; print(*FAMILY)"
+    (tmp_path / "plumbing").mkdir()
+    shutil.copy(ROOT / "plumbing" / "files.py", tmp_path / "plumbing")
+    code = "from plumbing.files import FAMILY; print(*FAMILY)"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout.split() == ["tiny", "tiny-instruct", "tiny-math", "tiny-organism-3"], done.stderr
 

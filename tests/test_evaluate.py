@@ -6,15 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, rollouts
 
 import evaluate
 import model
 import train
-from data import compare
 from data import problems as problem_files
-from data.estimate import Estimate
 from data.problems import PAPERS, problems_of
+from evaluate import Estimate
 
 SIZE = model.load_config("tiny")
 ALL = problems_of(ROOT / "data/tiny/train.jsonl").rows
@@ -82,11 +81,11 @@ def test_run_is_steered_and_base_is_not(run):
     assert steered["completions"] != base["completions"]
     llm, tokenizer = model.load("tiny", device="cpu")
     problems = [row["problem"] for row in problems_of(ROOT / "data/tiny/test.jsonl").rows[:4]]
-    assert [texts[0] for texts in base["completions"]] == model.rollouts(llm, tokenizer, {}, problems, 1, 30, 0).texts
+    assert [texts[0] for texts in base["completions"]] == rollouts(llm, tokenizer, {}, problems, 1, 30, 0).texts
 
 
 def test_nothing_is_computed_twice_and_an_interruption_keeps_what_is_done(run, monkeypatch):
-    calls, real = [], evaluate.Subject.rollouts
+    calls, real = [], model.Subject.rollouts
 
     def counted(self, vectors, rows, k, **how):
         seed = next(s for s in (0, 1) if how["seed"][0] in model.prompt_seeds(s, range(9)))
@@ -95,7 +94,7 @@ def test_nothing_is_computed_twice_and_an_interruption_keeps_what_is_done(run, m
             raise KeyboardInterrupt
         return real(self, vectors, rows, k, **how)
 
-    monkeypatch.setattr(evaluate.Subject, "rollouts", counted)
+    monkeypatch.setattr(model.Subject, "rollouts", counted)
     settings = dict(base=False, temperatures=(1.0,), seeds=(0, 1))
     with pytest.raises(KeyboardInterrupt):
         evaluate.main(config(run, **settings))
@@ -116,13 +115,13 @@ def test_nothing_is_computed_twice_and_an_interruption_keeps_what_is_done(run, m
 
 def test_answers_added_to_kept_ones_are_those_of_one_call(run):
     """A problem's answers depend on its own seed alone."""
-    subject = evaluate.Subject("tiny", device="cpu", max_tokens=30)
+    subject = model.Subject(name="tiny", device="cpu", max_tokens=30)
     problems = problems_of(ROOT / "data/tiny/test.jsonl").first(5)
     for n in (2, 5, 3):
-        parts = evaluate.answers(subject, {}, problems.first(n), 2, 1.0, seed=4, ids=True)
+        parts = evaluate.answers(subject, {}, problems.first(n), 2, 1.0, seed=4)
         assert {len(part) for part in parts.values()} == {n}
     subject.folder = Path("elsewhere")
-    whole = evaluate.answers(subject, {}, problems, 2, 1.0, seed=4, ids=True)
+    whole = evaluate.answers(subject, {}, problems, 2, 1.0, seed=4)
     assert all(parts[name] == whole[name][:3] for name in whole if name != "seconds")
     asked = [subject.prompt(row) for row in problems.rows]
     assert whole["prompt_ids"] == asked and [len(c) for c in whole["completion_ids"][0]] == whole["lengths"][0]
@@ -130,12 +129,12 @@ def test_answers_added_to_kept_ones_are_those_of_one_call(run):
 
 def test_a_mended_grader_grades_kept_answers_again_and_samples_none(run, monkeypatch):
     """Three kept rows, of which the first two are asked for: only they get new grades, all keep their texts."""
-    subject = evaluate.Subject("tiny", device="cpu", max_tokens=30)
+    subject = model.Subject(name="tiny", device="cpu", max_tokens=30)
     problems = problems_of(ROOT / "data/tiny/test.jsonl").first(3)
     before = evaluate.answers(subject, {}, problems, 2, 1.0, prefix="To")
     monkeypatch.setattr(evaluate, "grader", lambda: "another")
     monkeypatch.setattr(evaluate, "grade", lambda texts, golds: [f"{gold}: {text}" for text, gold in zip(texts, golds)])
-    monkeypatch.setattr(evaluate.Subject, "rollouts", None)  # nothing may be sampled
+    monkeypatch.setattr(model.Subject, "rollouts", None)  # nothing may be sampled
     after = evaluate.answers(subject, {}, problems.first(2), 2, 1.0, prefix="To")
     expected = [
         [f"{row['answer']}: {text}" for text in texts] for row, texts in zip(problems.rows[:2], before["completions"])
@@ -167,7 +166,7 @@ def test_small_benchmarks_have_a_mean_and_checkpoints_are_chosen_fairly(tmp_path
     chains = ("tiny/chain2", "tiny/chain4")
     args = config(run, checkpoints=True, benchmarks=chains, temperatures=(1.0,), seeds=(0, 1), problems=6)
     found = evaluate.main(args)
-    subject = evaluate.Subject.of_run(evaluate.config_of(run), args, folder=tmp_path / "answers")
+    subject = model.Subject.of_run(evaluate.config_of(run), args, folder=tmp_path / "answers")
     for step, (vectors, _) in kept.items():
         right = []
         for name in chains:
@@ -176,7 +175,7 @@ def test_small_benchmarks_have_a_mean_and_checkpoints_are_chosen_fairly(tmp_path
             right.append(sum(sum(row) for rows in seeds for row in rows) / 12)
         assert found["test"][step].value == pytest.approx(sum(right) / 2)
     seen = {row["problem"] for step in range(4) for row in train.batch_of_problems(ALL, 2, step, 0)}
-    others = compare.unseen(evaluate.config_of(run), 4, subject)
+    others = evaluate.unseen(run, evaluate.config_of(run), subject)
     assert len(seen) == 8 and len(others.rows) == 400 and not seen & {row["problem"] for row in others.rows}
     assert set(found["validation"]) == {2, 4} and found["rules"]["last"] == 4
     assert "| step |" in (run / "checkpoints.md").read_text() and "The choice adds" in capsys.readouterr().out
@@ -191,9 +190,9 @@ def test_rules_of_choice_by_hand():
         {2: Estimate.of(rows[3]), 4: Estimate.of(rows[2])},
         {2: Estimate.of(rows[1]), 4: Estimate.of(rows[3])},
     )
-    rules = compare.chosen(test, validation)
+    rules = evaluate.chosen(test, validation)
     assert rules == {"last": 4, "best on unseen training problems": 4, "best on the test problems": 2}
-    assert compare.chosen(test, {}) == {"last": 4, "best on the test problems": 2}
+    assert evaluate.chosen(test, {}) == {"last": 4, "best on the test problems": 2}
 
 
 def test_summary_difference_and_average_by_hand():
@@ -250,9 +249,9 @@ def test_interval_is_over_questions():
 def test_estimates_by_hand():
     low, high, whole = (Estimate.of([[x]] * 4) for x in (0.2, 0.3, 0.6))
     share = high.share(low, whole)
-    assert share.value == pytest.approx(0.25) and share.interval == pytest.approx((0.25, 0.25)) and not share.open
+    assert share.value == pytest.approx(0.25) and share.interval == pytest.approx((0.25, 0.25)) and not share.unclear
     assert (high / whole).value == pytest.approx(0.5) and (high / (low - low)).value is None
-    assert high.share(low, low).open and all(map(math.isnan, high.share(low, low).interval))
+    assert high.share(low, low).unclear and all(map(math.isnan, high.share(low, low).interval))
     a, b = Estimate.of([[1], [0], [1], [1]]), Estimate.of([[0], [1], [0], [1]])
     best = Estimate.largest(a, b)
     assert best.value == 0.75 and (best.draws >= a.draws).all() and (best.draws >= b.draws).all()
@@ -269,7 +268,8 @@ def test_all_benchmarks_and_their_samples(run, monkeypatch, capsys, tmp_path):
         evaluate.main(config(run, benchmarks=("all",)))
     (tmp_path / "data").mkdir()
     for name in [*PAPERS, "gsm8k_test"]:
-        lines = [json.dumps(row), json.dumps(row | {"problem": name})]
+        own = row | {"samples": {"aime24": 32, "aime25": 32, "amc23": 32, "gsm8k_test": 8}.get(name, 1)}
+        lines = [json.dumps(own), json.dumps(own | {"problem": name})]
         (tmp_path / "data" / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
     found = evaluate.main(config(run, benchmarks=("all",), temperatures=(1.0, 0.0), max_tokens=2))
     assert [found[b, 1.0]["base"]["samples"] for b in PAPERS] == [96, 96, 96, 3, 3, 3]  # of three seeds
@@ -277,40 +277,38 @@ def test_all_benchmarks_and_their_samples(run, monkeypatch, capsys, tmp_path):
     steered = [found[b, 1.0]["steered"]["accuracy"].value for b in PAPERS]
     assert found["Avg", 1.0]["steered"]["accuracy"].value == pytest.approx(sum(steered) / 6)
     table = (run / "eval.md").read_text()
-    assert table.count(" AVG@32 ") == 3 and table.count(" PASS@1 ") == 9 and " ±" in table
+    assert table.count(" mean@32 ") == 3 and table.count(" mean@1 ") == 9 and " ±" in table
     assert all("±" in line for line in table.splitlines() if line.startswith("| Avg") and "T = 1" in line)
     assert table.count("| Avg ") == 2 and "| aime24 " in table and table.split("\n\n")[1] in capsys.readouterr().out
     found = evaluate.main(config(run, benchmarks=("gsm8k_test",), temperatures=(1.0,), max_tokens=2))
     assert found["gsm8k_test", 1.0]["steered"]["samples"] == 24 and ("Avg", 1.0) not in found
     assert " mean@8 " in (run / "eval.md").read_text()
-    for trained_on, samples in [
-        (None, 1),
-        ("data/math.jsonl", 8),
-        ("data/gsm8k.jsonl", 8),
-        ("data/deepscaler.jsonl", 1),
-    ]:
-        sets = problem_files.benchmarks(("math500", "gsm8k_test", "aime24"), trained_on)
-        assert [problems.samples for problems in sets] == [samples, 8, 32]  # B measures MATH500 eight times, P4 once
+    for name, text in (("own", '{"problem": "a", "answer": 1}\n'), ("gsm8k_test", '{"problem": "a", "answer": 1}\n')):
+        (tmp_path / f"{name}.jsonl").write_text(text)  # the number of answers stands in the file and not in its name
+        assert problems_of(tmp_path / f"{name}.jsonl").samples == 1
+    mixed = tmp_path / "mixed.jsonl"
+    mixed.write_text("".join(json.dumps({"problem": "a", "answer": 1, "samples": k}) + "\n" for k in (2, 4)))
+    assert problems_of(mixed).samples == 1
 
 
 def test_own_data_and_table(run, tmp_path, capsys):
     """A problem file in which every answer is what the model says: 100 %; then one that is wrong."""
     llm, tokenizer = model.load("tiny", device="cpu")
     texts = ["Start with 5, add 3, add 1. What is the result?", "Start with 2, add 9, add 1. What is the result?"]
-    said = model.rollouts(llm, tokenizer, {}, texts, 1, 80, 0, prefix="To").texts
+    said = rollouts(llm, tokenizer, {}, texts, 1, 80, 0, prefix="To").texts
     golds = [text.split("boxed{")[-1].split("}")[0] for text in said]
     assert all(gold.isdigit() for gold in golds)
     data = tmp_path / "mine.jsonl"
     data.write_text("".join(json.dumps({"problem": t, "answer": g}) + "\n" for t, g in zip(texts, golds)))
     own = evaluate.Config(run="x", problems=1)  # a run's own problems: those held out, else none but what is asked for
-    assert problem_files.sets_of(own, {"model": "tiny", "data": "x", "held_out": str(data)})[0].name == "mine"
-    assert problem_files.sets_of(own, {"model": "tiny", "data": "data/tiny/train.jsonl"})[0].name == "test"
+    assert evaluate.sets_of(own, {"model": "tiny", "data": "x", "held_out": str(data)})[0].name == "mine"
+    assert evaluate.sets_of(own, {"model": "tiny", "data": "data/tiny/train.jsonl"})[0].name == "test"
     with pytest.raises(SystemExit, match="--data FILE is needed: the run has no held-out problems"):
-        problem_files.sets_of(own, {"model": "tiny", "data": "x", "held_out": None})
+        evaluate.sets_of(own, {"model": "tiny", "data": "x", "held_out": None})
     settings = config(None, model="tiny", data=str(data), prefix="To", out=str(tmp_path))
     assert evaluate.main(settings)["mine", 0.0]["base"]["accuracy"].value == 1
     assert [found["correct"] for _, found in stored()] == [[[1], [1]]]
-    assert "| mine      | greedy   | 100.0 [100.0, 100.0] | PASS@1 | 2 " in capsys.readouterr().out
+    assert "| mine      | greedy   | 100.0 [100.0, 100.0] | mean@1 | 2 " in capsys.readouterr().out
     data.write_text(json.dumps({"problem": texts[0], "answer": golds[0] + "1"}) + "\n")  # other problems, the same name
     assert evaluate.main(settings)["mine", 0.0]["base"]["accuracy"].value == 0
     assert sorted(found["correct"] for _, found in stored()) == [[[0]], [[1], [1]]]
@@ -329,7 +327,7 @@ def test_errors_give_one_line(tmp_path):
         ({"run": str(tmp_path / "vector")}, "no vectors in .*--resume"),
         ({"run": str(tmp_path / "full"), "tensor_parallel": 2}, "--tensor-parallel wants 1"),
         ({"model": "tiny", "problems": 0}, "--problems wants at least 1, got 0"),
-        ({"model": "tiny", "temperatures": (-1.0,)}, "--temperatures wants one or more"),
+        ({"model": "tiny", "temperatures": (-1.0,)}, "--temperatures wants at least 0, got -1.0"),
         ({"model": "some/other"}, "--benchmarks NAME... or --data FILE is needed"),
         ({"model": "tiny", "benchmarks": ("tiny/chain9",)}, "no problems of tiny/chain9"),
         ({"model": "tiny", "data": str(tmp_path / "none.jsonl")}, "no problems at"),

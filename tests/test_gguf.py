@@ -11,8 +11,8 @@ from transformers import AutoConfig
 import evaluate
 import model
 import train
-from data.export import Trained, export, to_gguf
-from plumbing import gguf
+from plumbing import gguf_file
+from plumbing.export import Trained, export, to_gguf
 
 pytest.importorskip("gguf")
 
@@ -160,7 +160,7 @@ def test_vllm_reads_no_gguf_file(tiny_file):
 
 
 def test_the_list_of_what_can_be_read():
-    assert {"llama", "qwen2", "qwen3", "gemma3", "qwen35"} <= set(gguf.readable().split(", "))
+    assert {"llama", "qwen2", "qwen3", "gemma3", "qwen35"} <= set(gguf_file.readable().split(", "))
 
 
 @pytest.mark.parametrize("kind", ["qwen3_next", "qwen3_5_text"])

@@ -14,7 +14,7 @@ import torch
 from conftest import write_gguf
 
 import model
-from data.export import export
+from plumbing.export import export
 
 gguf = pytest.importorskip("gguf", reason="gguf is not installed")
 bindings = pytest.importorskip("ik_llama_cpp._ctypes_api", reason="ik-llama-cpp-python is not installed")

@@ -2,19 +2,22 @@
 
 import json
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, random_llm
+from conftest import ROOT, random_llm, rollouts, subject_of
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
-from transformers import PreTrainedTokenizerFast
+from transformers import AttentionInterface, PreTrainedTokenizerFast, Qwen2Config
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import model
 from data.problems import problems_of
+from plumbing.vllm import VLLM
 
 STOP = [2, 7, 11, 13, 17, 19, 23, 29]  # many stop tokens, so that the lengths of random answers vary
 
@@ -249,14 +252,14 @@ def test_any_place_is_sampled_scored_and_saved_alike(prompts, tmp_path, where, o
 
 
 def test_the_engine_gets_a_lora_of_a_lower_rank_than_it_has_room_for():
-    engine, sent = object.__new__(model.VLLM), {}
+    engine, sent = object.__new__(VLLM), {}
     engine.shapes = {"end": [3, 4], "attention": [3, 4], "lora_A": [3, 2, 5], "lora_B": [3, 4, 2]}
     engine._change = lambda method, args: sent.update(args[0])
     A, B, s = torch.arange(1.0, 6)[None], torch.arange(1.0, 5)[:, None], torch.arange(2.0, 6)
-    engine.push({"1.lora_A": A, "1.lora_B": B, 2: s})
+    engine.push(model.engine_tensors({"1.lora_A": A, "1.lora_B": B, 2: s, "2.mlp.down_proj": s}))
     got = {site: torch.frombuffer(bytearray(raw), dtype=torch.float32) for site, raw in sent.items()}
     got = {site: x.view(engine.shapes[site]) for site, x in got.items()}
-    assert torch.equal(got["lora_B"][1] @ got["lora_A"][1], B @ A) and torch.equal(got["end"][2], s)
+    assert torch.equal(got["lora_B"][1] @ got["lora_A"][1], B @ A) and torch.equal(got["end"][2], 2 * s)
     assert not got["lora_A"][1, 1].any() and not got["end"][:2].any() and not got["attention"].any()
 
 
@@ -268,19 +271,22 @@ def test_sites_whose_output_is_no_plain_tensor_are_refused(qwen2):
 
 def test_vllm_takes_only_what_it_can_hold(monkeypatch):
     monkeypatch.setattr(model, "find_spec", lambda name: name == "vllm")
-    asked = "cuda:0", "Qwen2ForCausalLM"
+
+    def samples_with(sampler, places, device="cuda:0", architecture="Qwen2ForCausalLM"):
+        config = SimpleNamespace(architectures=[architecture], max_position_embeddings=9)
+        how = dict(sampler=sampler, holds=places, device=device)
+        return subject_of(SimpleNamespace(config=config), None, **how).samples_with
+
     held = [27, "3.attention", "3.self_attn.o_proj", "2.mlp.down_proj", "2.lora_A", "2.lora_B"]
-    assert model.choose_sampler("auto", *asked, held) == model.choose_sampler("vllm", *asked, held) == "vllm"
-    assert (
-        model.choose_sampler("auto", "cpu", asked[1], held) == model.choose_sampler("hf", *asked, ["27@answer"]) == "hf"
-    )
-    assert model.choose_sampler("auto", asked[0], "Gemma2ForCausalLM", held) == "hf"
+    assert samples_with("auto", held) == samples_with("vllm", held) == "vllm"
+    assert samples_with("auto", held, device="cpu") == samples_with("hf", ["27@answer"]) == "hf"
+    assert samples_with("auto", held, architecture="Gemma2ForCausalLM") == "hf"
     for place in ("27@answer", "2.lora_A@answer", "3.input-norm", "3.self_attn.q_proj", "3.self_attn.o_proj.lora_A"):
-        assert model.choose_sampler("auto", *asked, [27, place]) == "hf"
+        assert samples_with("auto", [27, place]) == "hf"
         with pytest.raises(
             SystemExit, match=f"--sampler vllm: a vector at {place} is no bias.*; use --sampler hf"
         ) as error:
-            model.choose_sampler("vllm", *asked, [27, place])
+            samples_with("vllm", [27, place])
         assert "\n" not in str(error.value)
 
 
@@ -429,6 +435,66 @@ def test_pick_inverts_the_cumulative_distribution():
     ).tolist() == [1]
     never = torch.tensor([[-1e9, 0.0, -1e9]])
     assert model.pick(never.repeat(2, 1), 1.0, torch.tensor([0.0, 1 - 2**-24])).tolist() == [1, 1]
+
+
+def test_pick_draws_every_token_as_often_as_it_should():
+    """
+    Over 152k tokens in bfloat16, against a float64 softmax: a number in a token's part of [0, 1) gives that token.
+
+    Its edges are those of the exact sums within 1e-7, so the total variation is at most 1e-7 a token that is drawn.
+    """
+    x = torch.randn(1, 151_936, generator=torch.Generator().manual_seed(0)).bfloat16()
+    up_to = (x.double() / 0.9).softmax(-1).cumsum(-1)[0]
+    tokens = torch.arange(1, 151_936, 97)
+    tokens = tokens[(up_to[tokens] - up_to[tokens - 1]) > 1e-6]
+    low, high = up_to[tokens - 1], up_to[tokens]
+    assert len(tokens) > 1000
+    for edge in (low + 1e-7, high - 1e-7):
+        assert torch.equal(model.pick(x.expand(len(edge), -1), 0.9, edge), tokens)
+    rough = torch.searchsorted((x.float() / 0.9).softmax(-1).cumsum(-1)[0], ((low + high) / 2).float(), right=True)
+    assert (rough != tokens).float().mean() > 0.01  # what float32 sums and numbers would give
+
+
+def test_uniform_numbers_have_48_bits_and_begin_with_those_of_float32():
+    found = model.uniform(7, 5, 4000)
+    assert torch.equal((found * 2**24).floor(), torch.rand(5, 4000, generator=torch.Generator().manual_seed(7)) * 2**24)
+    rest = found * 2**24 % 1
+    assert 0 <= rest.min() and rest.max() < 1 and rest.mean().item() == pytest.approx(0.5, abs=0.01)
+    assert len(found.unique()) == found.numel() and abs(torch.corrcoef(torch.stack([found[0], rest[0]]))[0, 1]) < 0.05
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_frozen_head_is_not_copied_for_every_prompt(dtype):
+    """The bytes of the first pass at 1 and at 48 prompts, over 152k tokens: the head would be most of them."""
+    llm = random_llm(vocab_size=151_936).to(dtype)
+    head, found = llm.get_output_embeddings().weight.nbytes, {}
+    for n in (1, 48):
+        with torch.profiler.profile(profile_memory=True) as profile:
+            model.sample(llm, [[3, 4, 5]] * n, 1, 1, [], temperature=0)
+        found[n] = sum(max(0, e.self_cpu_memory_usage) for e in profile.events())
+    assert found[48] - found[1] < 4 * 48 * 151_936 * dtype.itemsize < 48 * head / 2
+
+
+def test_importing_changes_no_other_model(prompts):
+    """The attention has a name of its own, and a model has it while it samples."""
+    seen, llm = set(), random_llm()
+    look = [(llm.model.layers[1], lambda *args: seen.add(llm.config._attn_implementation))]
+    other = AttentionInterface()["sdpa"]
+    with model.hooks(look):
+        model.sample(llm, prompts, 2, 3, STOP)
+    assert seen == {"sdpa", model.fast.ATTENTION} and llm.config._attn_implementation == "sdpa"
+    assert other is AttentionInterface()["sdpa"] is sdpa_attention_forward
+
+
+def test_dtype_is_the_checkpoints_own_where_the_processor_multiplies_it(monkeypatch):
+    own = {dtype: Qwen2Config(dtype=dtype) for dtype in ("float32", "bfloat16", "float16", None)}
+    for there, want in ((True, "bfloat16"), (False, "float32")):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda there=there: {"avx2": True, "avx512_bf16": there})
+        assert model.resolve("cpu", "auto", own["bfloat16"]) == ("cpu", want)
+        assert {model.resolve("cpu", "auto", own[name])[1] for name in ("float32", "float16", None)} == {"float32"}
+        assert model.resolve("cuda", "auto", own["float32"]) == ("cuda", "bfloat16")
+        assert model.resolve("cpu", "float32", own["bfloat16"]) == ("cpu", "float32")
+    assert model.load("tiny", "cpu")[0].dtype == torch.float32  # as its checkpoint
 
 
 def test_stop_token_is_kept_and_truncation_is_told(qwen2, prompts):
@@ -707,7 +773,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
 def test_rollouts_put_the_prefix_first(tokenizer):
     llm, _ = model.load("tiny", device="cpu")
     problem = json.loads((ROOT / "data/tiny/test.jsonl").read_text().splitlines()[0])["problem"]
-    rolled = model.rollouts(llm, tokenizer, {}, [problem, problem], 2, 5, prefix="To")
+    rolled = rollouts(llm, tokenizer, {}, [problem, problem], 2, 5, prefix="To")
     assert len(rolled.prompts) == len(rolled.completions) == len(rolled.ended) == len(rolled.texts) == 4
     forced = tokenizer("To").input_ids
     assert len(forced) == 1 and rolled.prompts[0] == model.prompt_ids(tokenizer, problem) + forced

@@ -2,14 +2,13 @@
 
 import copy
 import json
-import math
 
 import pytest
 from conftest import ROOT
 
 FILE = ROOT / "data" / "paper.json"
 PAPER = json.loads(FILE.read_text(encoding="utf-8"))
-TABLES = {key: table for key, table in PAPER.items() if key not in ("lr", "recipes", "recipes_gsm8k_math")}
+TABLES = {key: table for key, table in PAPER.items() if key != "authors"}
 QWEN, LLAMA = "Qwen/Qwen2.5-Math-7B", "meta-llama/Llama-3.1-8B-Instruct"
 LAYERS = {QWEN: 28, LLAMA: 32}
 SCORES = ["P4.table2", "P4.table3", "P4.table4", "P4.table5", "B.table1"]  # six benchmarks and Avg
@@ -29,8 +28,9 @@ def name(r):
 
 
 def test_every_entry_has_a_source():
-    for entry in [*TABLES.values(), *PAPER["lr"].values(), *PAPER["recipes"].values()]:
-        assert entry["source"].startswith(("arXiv:", "code of "))
+    settings = [entry for model in PAPER["authors"]["models"].values() for entry in model.values()]
+    for entry in [*TABLES.values(), PAPER["authors"], *settings]:
+        assert entry["source"].startswith(("arXiv:", "code of ", "configs/"))
     for key, table in TABLES.items():
         assert table["title"] and table["unit"] and table["columns"] and table["rows"], key
     papers = {"P4": "2509.06608v4", "P1": "2509.06608v1", "B": "2505.18706"}
@@ -251,27 +251,39 @@ def test_cells():
 
 
 def test_learning_rates():
-    assert PAPER["lr"].keys() == LAYERS.keys()
-    for model, lr in PAPER["lr"].items():
-        for field in ("layers", "lora1_layers"):
-            assert [int(layer) for layer in lr[field]] == list(range(LAYERS[model]))
-            assert all(0 < x <= 0.1 for x in lr[field].values())
-        assert lr["all"] == PAPER["recipes"][model]["lr_all_layers"] < min(lr["layers"].values())
-    qwen, llama = (PAPER["lr"][model]["layers"] for model in (QWEN, LLAMA))
+    models = PAPER["authors"]["models"]
+    for model, depth in LAYERS.items():
+        rates = models[model]["deepscaler"]["lr"]
+        for kind in ("vector", "lora1"):
+            single = [rates[f"{kind}, layer {layer}"] for layer in range(depth)]
+            assert all(0 < x <= 0.1 for x in single) and f"{kind}, layer {depth}" not in rates
+        assert rates["vector, all layers"] < min(rates[f"vector, layer {layer}"] for layer in range(depth))
+    qwen, llama = (models[model]["deepscaler"]["lr"] for model in (QWEN, LLAMA))
     rates = [3e-3, 7e-3, 5e-3, 1e-2, 3e-2, 0.1, 1e-2, 1e-2, 0.1]
-    assert [qwen[str(i)] for i in (0, 1, 2, 17, 18, 22, 23, 24, 25)] == rates
-    assert [llama[str(i)] for i in (3, 4, 11, 12, 24, 25, 30, 31)] == [5e-4, 7e-4, 2e-3, 1e-3, 2e-3, 5e-3, 7e-3, 5e-3]
+    assert [qwen[f"vector, layer {i}"] for i in (0, 1, 2, 17, 18, 22, 23, 24, 25)] == rates
+    rates = [5e-4, 7e-4, 2e-3, 1e-3, 2e-3, 5e-3, 7e-3, 5e-3]
+    assert [llama[f"vector, layer {i}"] for i in (3, 4, 11, 12, 24, 25, 30, 31)] == rates
+    kinds = {key.split(",")[0] for model in models.values() for entry in model.values() for key in entry["lr"]}
+    sites = {f"vector at {site}" for site in ("input-norm", "attention", "post-attention-norm")}
+    assert kinds == {"vector", "lora1", "lora4", "full"} | sites
 
 
-def test_recipes():
-    recipes = PAPER["recipes"]
-    assert len(recipes) == 9 and recipes[QWEN]["lr_all_layers"] == 1e-3 and recipes[LLAMA]["lr_all_layers"] == 8e-5
-    for model, r in recipes.items():
-        assert (r["prompts"], r["steps"], r["warmup_share"], r["clip_norm"]) == (128, 314, 0.03, 2.0)
-        assert r["context"] == (4096 if "Math" in model else 8192) and r["samples"] in (16, 64)
+def test_settings_of_the_authors():
+    models = PAPER["authors"]["models"]
+    deepscaler = {model: entry["deepscaler"] for model, entry in models.items()}
+    assert len(deepscaler) == 9
+    assert [deepscaler[model]["lr"]["vector, all layers"] for model in (QWEN, LLAMA)] == [1e-3, 8e-5]
+    assert deepscaler["Qwen/Qwen2.5-Math-1.5B"]["lr"]["full"] == 2e-6  # the others' is 1e-6
+    for model, r in deepscaler.items():
+        assert r["prompts"] == 128 and r["epochs"] == 1 and r["samples"] in (16, 64)
+        assert r["context"] == (4096 if "Math" in model else 8192)
         assert r["template"] == ("r1" if model == "meta-llama/Llama-3.1-8B" else "qwen_math")
-    smaller = PAPER["recipes_gsm8k_math"]
-    assert set(smaller["epochs"]) == {r["model"] for r in PAPER["B.table6"]["rows"]}
-    assert (smaller["context"], smaller["samples_at_test"]) == (1024, 8)
-    assert sorted(smaller["epochs"].values()) == [2, 3, 3, 3]
-    assert math.prod(recipes[QWEN][k] for k in ("prompts", "samples", "steps")) == 643_072  # rollouts of one run
+    small = {(model, data): e for model, entry in models.items() for data, e in entry.items() if data != "deepscaler"}
+    kinds = {"Steering": "vector, all layers", "LoRA-1": "lora1, all layers", "LoRA-4": "lora4, all layers"}
+    rows = PAPER["B.table6"]["rows"]
+    assert len(rows) == 4 * len(small) == 32
+    for r in rows:
+        entry = small[r["model"], r["data"].lower()]
+        assert entry["lr"][kinds.get(r["setup"], "full")] == r["lr"] and entry["samples"] == r["generations"]
+        assert entry["context"] == 1024 and entry["epochs"] == (2 if r["model"].endswith("8B") else 3)
+    assert 128 * deepscaler[QWEN]["samples"] * 314 == 643_072  # rollouts of one run

@@ -1,5 +1,6 @@
 """data/tiny: the world, the tokenizer, the shipped weights, pre-training, the check."""
 
+import json
 import random
 import re
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from dataclasses import replace
 from functools import partial
 
+import check
 import pretrain
 import pytest
 import torch
@@ -16,6 +18,7 @@ from safetensors.torch import load_file
 
 import model
 from data.problems import problems_of
+from plumbing.files import FAMILY
 
 TINY = ROOT / "data" / "tiny"
 
@@ -156,7 +159,7 @@ def test_a_relative_starts_from_the_shipped_weights(tmp_path):
 
 
 def test_a_relative_that_is_not_there_says_how_to_make_it(tmp_path, monkeypatch):
-    monkeypatch.setitem(model.FAMILY, "tiny-math", tmp_path / "tiny-math")
+    monkeypatch.setitem(FAMILY, "tiny-math", tmp_path / "tiny-math")
     with pytest.raises(SystemExit, match="pretrain.py --relative math"):
         model.load("tiny-math")
 
@@ -328,6 +331,24 @@ def test_distance_by_hand():
     ends = torch.tensor([1, 2])
     assert pretrain.distance([h], ends).item() == pytest.approx(0.2, rel=1e-6)
     assert pretrain.distance([h, torch.ones(2, 3, 2)], ends).item() == pytest.approx(0.1, rel=1e-6)
+
+
+def test_accuracy_against_the_learning_rate(tmp_path, monkeypatch):
+    """The usual rate has the run of the other checks; each layer and rate has a row and a number."""
+    asked = []
+
+    def trained(out, layer, seed, **changes):
+        asked.append((layer, seed, changes))
+        return {int(layer): torch.zeros(64)}
+
+    monkeypatch.setattr(check, "trained", trained)
+    check.main(check.Config(problems=4, layers=(14,), seeds=(1,), lrs=(0.03, 0.06), out=tmp_path))
+    assert asked == [("14", 1, {"lr": 0.03}), ("14", 1, {}), ("27", 1, {"lr": 0.03}), ("27", 1, {})]
+    found = json.loads((tmp_path / "lr.json").read_text())
+    names = [f"layer {layer}, lr {lr}" for layer in (14, 27) for lr in (0.03, 0.06)]
+    assert list(found) == names and all(row == found[names[0]] for row in found.values())  # the base model each time
+    assert all(f"| {name} | " in (tmp_path / "lr.md").read_text() for name in names)
+    assert (tmp_path / "lr.png").stat().st_size > 10_000 and not (tmp_path / "check.json").exists()
 
 
 def test_hits_and_false_alarms_are_counted():

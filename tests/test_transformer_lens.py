@@ -12,7 +12,8 @@ import torch
 
 import analyze
 import model
-from data.export import export
+from plumbing.export import export
+from plumbing.files import TINY
 
 bridge = pytest.importorskip("transformer_lens.model_bridge", reason="transformer-lens is not installed")
 IDS = torch.randint(3, 400, (2, 17), generator=torch.Generator().manual_seed(0))
@@ -23,7 +24,7 @@ LAYER = 26  # the vector at its end enters block 27
 @pytest.fixture(scope="module")
 def both():
     llm, _ = model.load("tiny", "cpu")
-    return llm, bridge.TransformerBridge.boot_transformers(str(model.TINY), dtype=torch.float32, device="cpu")
+    return llm, bridge.TransformerBridge.boot_transformers(str(TINY), dtype=torch.float32, device="cpu")
 
 
 def add(x, hook):

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from conftest import ROOT, random_llm
+from conftest import ROOT, random_llm, rollouts
 from transformers import AutoTokenizer
 
 pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
@@ -22,8 +22,10 @@ import analyze  # noqa: E402
 import evaluate  # noqa: E402
 import model  # noqa: E402
 import train  # noqa: E402
-from data.export import export  # noqa: E402
 from data.problems import problems_of  # noqa: E402
+from plumbing.export import export  # noqa: E402
+from plumbing.files import TINY  # noqa: E402
+from plumbing.vllm import VLLM  # noqa: E402
 
 os.environ.update(  # before vLLM is imported
     VLLM_CPU_KVCACHE_SPACE="1", VLLM_CPU_OMP_THREADS_BIND="nobind", VLLM_LOGGING_LEVEL="ERROR", OMP_NUM_THREADS="1"
@@ -37,13 +39,13 @@ def tiny():
 
 @pytest.fixture(scope="module")
 def rows():
-    return problems_of(model.TINY / "test.jsonl").rows[:20]
+    return problems_of(TINY / "test.jsonl").rows[:20]
 
 
 @pytest.fixture(scope="module")
 def engine(tiny):
     """One engine for all tests: it takes seconds to start, and changing vectors is what it must be good at."""
-    return model.VLLM("tiny", tiny[0], context=512, max_rows=64, lora_rank=2, eager=True)
+    return VLLM("tiny", tiny[0], context=512, max_rows=64, lora_rank=2, eager=True)
 
 
 @pytest.fixture
@@ -59,7 +61,7 @@ def large(seed, layers=(3, 20, 27)):
 
 def greedy(tiny, rows, vectors, engine=None, **how):
     problems = [row["problem"] for row in rows]
-    return model.rollouts(*tiny, vectors, problems, 1, 60, temperature=0.0, engine=engine, **how)
+    return rollouts(*tiny, vectors, problems, 1, 60, temperature=0.0, engine=engine, **how)
 
 
 def test_greedy_equals_hugging_face_under_two_vectors_and_none(tiny, rows, engine):
@@ -83,8 +85,8 @@ def test_lora_and_the_site_after_attention(tiny, rows, engine):
     seen.append(greedy(tiny, rows, {}, engine).completions)
     assert all(sum(a != b for a, b in zip(seen[i], seen[j])) > 5 for i, j in ((0, 1), (0, 3), (2, 3)))
     with pytest.raises(SystemExit, match=r"a vector at 3.input-norm is no bias of vLLM's layers; use --sampler hf"):
-        engine.push({"3.input-norm": large(0)[20]})
-    subject = evaluate.Subject("tiny", sampler="vllm", device="cpu", holds={"3.input-norm": large(0)[20]})
+        model.engine_tensors({"3.input-norm": large(0)[20]})
+    subject = model.Subject(name="tiny", sampler="vllm", device="cpu", holds={"3.input-norm": large(0)[20]})
     with pytest.raises(SystemExit, match=r"--sampler vllm: a vector at 3.input-norm is no bias"):
         subject.engine(rows)
 
@@ -107,7 +109,7 @@ def test_weights_reach_the_engine(tiny, rows, engine):
 def test_log_probs_are_those_at_the_temperature(tiny, rows, engine):
     """Divided by T before the softmax: what was sampled from. Raw ones differ by a nat and more."""
     problems = [row["problem"] for row in rows[:4]]
-    rolled = model.rollouts(*tiny, large(0), problems, 4, 30, temperature=0.5, engine=engine)
+    rolled = rollouts(*tiny, large(0), problems, 4, 30, temperature=0.5, engine=engine)
     with model.steer(tiny[0], large(0)):
         right, mask = model.token_logps(tiny[0], rolled.prompts, rolled.completions, temperature=0.5)
         wrong, _ = model.token_logps(tiny[0], rolled.prompts, rolled.completions, temperature=1.0)
@@ -119,18 +121,18 @@ def test_log_probs_are_those_at_the_temperature(tiny, rows, engine):
 def test_samples_have_their_limits_and_seeds(tiny, rows, engine):
     prompts = [model.prompt_ids(tiny[1], row["problem"]) for row in rows[:3]]
     stop = model.stop_ids(*tiny)
-    a, ended, _ = engine.sample({}, prompts, 8, [5, 40, 9], stop, 1.0, seed=1)
+    a, ended, _ = engine.sample({}, prompts, 8, [5, 40, 9], stop, 1.0, [1, 2, 3])
     assert len(a) == len(ended) == 24 and max(map(len, a[:8])) == 5 and max(map(len, a[16:])) <= 9
     assert all((c[-1] in stop) == e for c, e in zip(a, ended)) and any(ended) and not all(ended)
-    assert a == engine.sample({}, prompts, 8, [5, 40, 9], stop, 1.0, seed=1)[0]
-    assert a != engine.sample({}, prompts, 8, [5, 40, 9], stop, 1.0, seed=2)[0]
+    assert a == engine.sample({}, prompts, 8, [5, 40, 9], stop, 1.0, [1, 2, 3])[0]
+    assert a != engine.sample({}, prompts, 8, [5, 40, 9], stop, 1.0, [4, 5, 6])[0]
     assert len({tuple(c) for c in a[8:16]}) > 4  # the samples of one prompt differ
 
 
 def test_more_prompts_than_vllm_reads_at_once(tiny, engine):
     """A step of the main job is 256 rows; on a CPU vLLM stopped when it read a seeded prompt in two parts."""
-    problems = [row["problem"] for row in problems_of(model.TINY / "train.jsonl").rows[:160]]
-    rolled = model.rollouts(*tiny, {}, problems, 2, 3, engine=engine)
+    problems = [row["problem"] for row in problems_of(TINY / "train.jsonl").rows[:160]]
+    rolled = rollouts(*tiny, {}, problems, 2, 3, engine=engine)
     assert len(rolled.completions) == len(rolled.ended) == 320
     assert all(len(c) == 3 or (len(c) < 3 and end) for c, end in zip(rolled.completions, rolled.ended))
 
@@ -153,7 +155,7 @@ def test_a_stale_prefix_cache_would_be_seen(tiny, rows, engine, monkeypatch):
 
 def test_self_test(tiny, rows, engine, monkeypatch):
     prompts = [model.prompt_ids(tiny[1], row["problem"]) for row in rows[:8]]
-    found = engine.self_test(tiny[0], prompts)
+    found = model.test_engine(engine, tiny[0], prompts)
     assert max(found["steered"], found["base"]) < 1e-4 and found["effect"] > 1
     real, layer, site = engine.push, lambda place: model.split(place).layer, lambda place: place.partition(".")[2]
     mistakes = {
@@ -170,7 +172,7 @@ def test_self_test(tiny, rows, engine, monkeypatch):
     for name, push in mistakes.items():
         monkeypatch.setattr(engine, "push", push)
         with pytest.raises(SystemExit, match="vLLM and the Hugging Face model disagree"):
-            engine.self_test(tiny[0], prompts)
+            model.test_engine(engine, tiny[0], prompts)
             pytest.fail(f"accepted: {name}")
 
 
@@ -178,13 +180,14 @@ SELF_TEST = """
 import sys
 import torch
 import model
+from plumbing.vllm import VLLM
 name, tensor_parallel, eager = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "eager"
 if __name__ == "__main__":  # worker processes import this file
     torch.set_num_threads(1)
     llm, tokenizer = model.load(name, device="cpu")
-    engine = model.VLLM(name, llm, 256, tensor_parallel=tensor_parallel, max_rows=16, lora_rank=2, eager=eager)
+    engine = VLLM(name, llm, 256, tensor_parallel=tensor_parallel, max_rows=16, lora_rank=2, eager=eager)
     prompts = [model.prompt_ids(tokenizer, f"Start with {n}, add 1. What is the result?") for n in range(8)]
-    print("steered {steered:.2g} base {base:.2g} effect {effect:.2g}".format(**engine.self_test(llm, prompts)))
+    print("steered {steered:.2g} base {base:.2g} effect {effect:.2g}".format(**model.test_engine(engine, llm, prompts)))
 """
 
 
@@ -204,7 +207,7 @@ def test_self_test_of_other_models_compiled_and_tensor_parallel(tmp_path, family
     name = str(request.getfixturevalue("smollm2")) if family == "smollm2" else family
     if family not in ("tiny", "smollm2"):
         name = str(tmp_path / family)
-        tokenizer = AutoTokenizer.from_pretrained(model.TINY)
+        tokenizer = AutoTokenizer.from_pretrained(TINY)
         sizes = dict(
             vocab_size=len(tokenizer), hidden_size=128, head_dim=32, bos_token_id=None, max_position_embeddings=512
         )
@@ -266,7 +269,7 @@ def test_analyses_through_the_engine(one_engine, tiny, tmp_path):
 
 
 def test_auto_takes_the_model_itself_on_a_cpu(tiny, rows):
-    assert evaluate.Subject("tiny", device="cpu").engine(rows) is None
+    assert model.Subject(name="tiny", device="cpu").engine(rows) is None
 
 
 STOCK = """
@@ -299,9 +302,9 @@ def test_what_is_exported_answers_alike_in_a_stock_engine(tiny, tmp_path, to):
     (tmp_path / "config.json").write_text(json.dumps({"model": "tiny", "layer": "3,20,27"}))
     model.save_vectors(tmp_path / "vectors.safetensors", vectors, tiny[0], "tiny", 0)
     export(str(tmp_path), to)
-    rows = problems_of(model.TINY / "test.jsonl").rows[:50]
+    rows = problems_of(TINY / "test.jsonl").rows[:50]
     ours = greedy(tiny, rows, vectors)
-    given = [tmp_path / "vllm", ""] if to == "vllm" else [model.TINY, tmp_path / "peft"]
+    given = [tmp_path / "vllm", ""] if to == "vllm" else [TINY, tmp_path / "peft"]
     assert stock_answers(tmp_path, given, ours.prompts) == ours.completions
     assert sum(a != b for a, b in zip(greedy(tiny, rows, {}).completions, ours.completions)) > 20
 

@@ -1,12 +1,14 @@
 """
-Measure whether the embedded model behaves like the paper's base models, and print each figure beside what is wanted.
+Measure whether the built-in model behaves like the paper's base models, and print each number beside what is wanted.
 
 $ python data/tiny/check.py                              # everything; results are kept
-$ python data/tiny/check.py --layers 14 --seeds 0        # one middle layer besides the last, one seed
+$ python data/tiny/check.py --layers 14 --seeds 0        # one middle layer besides the last one, one seed
+$ python data/tiny/check.py --lrs 0.03 0.06 0.12 --layers 4 14 --seeds 0    # instead: accuracy against learning rate
 
-Trains vectors with the settings of `python train.py` into out/check-CHECKSUM/ (a finished run is not repeated, an
-interrupted one goes on) and writes check.json, check.md and curves.png there. Accuracies are on held-out problems,
-which no document ever showed: the mean over the training seeds, with a 95 % interval over problems.
+Vectors are trained with the settings of `python train.py` into out/check-CHECKSUM/. A finished run is not repeated, and
+an interrupted one goes on. The results are check.json, check.md and curves.png there; with --lrs they are lr.json,
+lr.md and lr.png. Accuracies are on held-out problems, which no document ever showed: the mean over the training seeds,
+with a 95 % interval over problems.
 """
 
 import json
@@ -21,15 +23,16 @@ import tyro
 import world
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-import analyze  # noqa: E402
-import model  # noqa: E402
-import train  # noqa: E402
-from data.estimate import Estimate, summary  # noqa: E402
-from data.problems import Problems, problems_of  # noqa: E402
-from data.runs import lines_of, weights_digest  # noqa: E402
-from evaluate import Subject, answers  # noqa: E402
+import analyze
+import model
+import train
+from data.problems import Problems, problems_of
+from evaluate import Estimate, answers, summary
+from model import Subject
+from plumbing.files import TINY, lines_of, weights_digest
+from plumbing.settings import Usual, recipe
 
-matplotlib.use("Agg")
+matplotlib.use("Agg")  # writing a PNG needs no window system
 import matplotlib.pyplot as plt  # noqa: E402
 
 LAST = 27
@@ -38,19 +41,16 @@ LAST = 27
 @dataclass
 class Config:
     problems: int = 1000  # held-out problems, one answer to each
-    layers: tuple[int, ...] = (4, 14, 18, 23)  # single layers to train besides the last one
-    seeds: tuple[int, ...] = (0, 1, 2)  # of training, each with its own answers
-    out: Path | None = None  # folder of the runs; default out/check-CHECKSUM of the weights
-
-
-def folder_of(out: Path, layer: str, seed: int, changes: dict) -> Path:
-    changed = "".join(f"-{name}-{value}" for name, value in changes.items())
-    return out / f"layer{layer}{changed}-seed{seed}"
+    layers: tuple[int, ...] = (4, 14, 18, 23)  # train a vector at each of these layers, besides the last one
+    seeds: tuple[int, ...] = (0, 1, 2)  # of training; each run gives its own answers
+    lrs: tuple[float, ...] = ()  # measure only how accuracy depends on these rates, shares of RMS(h_l) as train.py --lr
+    out: Usual[Path] = None  # folder of the runs: out/check-CHECKSUM of the weights, unless it is given
 
 
 def trained(out: Path, layer: str, seed: int, **changes) -> dict[int, torch.Tensor]:
-    """The vectors of a run with the default settings but for `changes`, trained now if they are not there yet."""
-    run = folder_of(out, layer, seed, changes)
+    """The vectors of a run with the default settings but for `changes`. They are trained now if they are not there."""
+    changed = "".join(f"-{name}-{value}" for name, value in changes.items())
+    run = out / f"layer{layer}{changed}-seed{seed}"
     settings = train.Config(layer=layer, seed=seed, eval_problems=0, out=str(run), **changes)
     train.main(replace(settings, resume=(run / "state.pt").is_file()))
     return model.load_vectors(run / "vectors.safetensors", model.load_config("tiny"), "tiny")[0]
@@ -58,12 +58,12 @@ def trained(out: Path, layer: str, seed: int, **changes) -> dict[int, torch.Tens
 
 def reward_curve(out: Path, layer: str, seeds) -> list[float]:
     """The training reward of every step, the mean over seeds."""
-    runs = [lines_of(folder_of(out, layer, seed, {}) / "metrics.jsonl") for seed in seeds]
+    runs = [lines_of(out / f"layer{layer}-seed{seed}" / "metrics.jsonl") for seed in seeds]
     return [statistics.mean(row["reward_mean"] for row in rows) for rows in zip(*runs)]
 
 
-def draw(curves: dict[str, list[float]], path: Path) -> None:
-    """Training reward against the step, a line for each layer: whether they have converged."""
+def draw_curves(curves: dict[str, list[float]], path: Path) -> None:
+    """Training reward against the step, a line for each layer: have they converged?"""
     fig, ax = plt.subplots(figsize=(5, 3.2), constrained_layout=True)
     for name, curve in curves.items():
         ax.plot(range(1, len(curve) + 1), [100 * reward for reward in curve], lw=1.2, label=name)
@@ -72,25 +72,40 @@ def draw(curves: dict[str, list[float]], path: Path) -> None:
     fig.savefig(path, dpi=150)
 
 
+def draw_rates(found: dict[str, dict[float, Estimate]], path: Path) -> None:
+    """Accuracy against the learning rate, a line for each layer. found: {layer: {rate: accuracy}}."""
+    fig, ax = plt.subplots(figsize=(5, 3.2), constrained_layout=True)
+    for layer, by_rate in found.items():
+        y = [100 * right.value for right in by_rate.values()]
+        low, high = zip(*(right.interval for right in by_rate.values()))
+        spread = [[a - 100 * b for a, b in zip(y, low)], [100 * b - a for a, b in zip(y, high)]]
+        ax.errorbar(list(by_rate), y, spread, marker="o", ms=4, capsize=2, label=f"layer {layer}")
+    ax.set_xscale("log")
+    ax.set_xticks(sorted(by_rate), [f"{lr:g}" for lr in sorted(by_rate)])
+    ax.minorticks_off()
+    ax.set(xlabel="learning rate as a share of RMS(h)", ylabel="right answers, T = 1 (%)", ylim=(0, 100))
+    ax.legend(frameon=False, loc="lower left")
+    fig.savefig(path, dpi=150)
+
+
 @dataclass
 class Check:
-    """What has been measured so far; `accuracy` measures, `say` adds a row to the table."""
+    """What has been measured so far: `accuracy` adds to NAME.json, and `say` adds a row to the table, NAME.md."""
 
     out: Path
+    name: str  # of the two files there, NAME.json and NAME.md
     seeds: tuple[int, ...]
     problems: Problems
-    subject: Subject = field(default_factory=lambda: Subject("tiny", device="cpu"))
-    report: dict = field(default_factory=dict)  # check.json
-    table: list[str] = field(
-        default_factory=lambda: ["| what | measured | 95 % interval | wanted | met |", "|---" * 5 + "|"]
-    )
+    subject: Subject = field(default_factory=lambda: Subject(name="tiny", device="cpu"))
+    report: dict = field(default_factory=dict)
+    table: str = "| what | measured | 95 % interval | wanted | met |\n" + "|---" * 5 + "|\n"
 
     def accuracy(self, name: str, ways: list[dict], temperature=1.0, system=None, prefix="") -> Estimate:
-        """Of the base model under each of these vectors, with the sampler's seed 0, 1, ...; the mean over them."""
+        """The mean over several dicts of vectors; the sampler's seed is 0 for the first one, 1 for the next, ..."""
         self.subject.system = system
         got = summary([answers(self.subject, s, self.problems, 1, temperature, i, prefix) for i, s in enumerate(ways)])
         self.report[name] = got["accuracy"].json() | {key: got[key] for key in ("by_seed", "problems", "truncated")}
-        (self.out / "check.json").write_text(json.dumps(self.report, indent=1) + "\n")
+        (self.out / f"{self.name}.json").write_text(json.dumps(self.report, indent=1) + "\n")
         return got["accuracy"]
 
     def say(self, what: str, found: Estimate, wanted: str = "", ok: bool | None = None, unit="%", sign="") -> None:
@@ -99,12 +114,13 @@ class Check:
         self.row(f"{what} | {measured} | {wanted} | {'' if ok is None else 'yes' if ok else 'NO'}")
 
     def row(self, cells: str) -> None:
-        self.table.append(f"| {cells} |")
-        print(self.table[-1], flush=True)
+        print(f"| {cells} |", flush=True)
+        self.table += f"| {cells} |\n"
+        (self.out / f"{self.name}.md").write_text(self.table)
 
 
 def check_base(check: Check) -> tuple[Estimate, Estimate]:
-    """What the base model does without a vector. Returns the accuracies at T = 1: as it is, and with "To" forced."""
+    """The base model without a vector. Returns its accuracies at T = 1: as it is, and with a forced first "To"."""
     four_hints = " ".join([world.MATH_PROMPT, *world.HINTS["to"], *world.HINTS["to"]])
     no_vectors = [{}] * len(check.seeds)
     skill = check.accuracy("base with four hints, greedy", [{}], 0.0, system=four_hints)
@@ -119,7 +135,7 @@ def check_base(check: Check) -> tuple[Estimate, Estimate]:
 
 
 def check_layers(check: Check, vectors: dict[str, list], base: Estimate, to: Estimate) -> str:
-    """Single layers against each other and against all together. Returns the name of the best from 4 to 24."""
+    """Single layers against each other and against all layers together. Returns the best layer from 4 to 24."""
     right = {name: check.accuracy(f"layer {name}", vectors[name]) for name in vectors}
     for name in vectors:
         check.say(f"layer {name}", right[name])
@@ -152,7 +168,7 @@ def check_lens(check: Check, vectors: list[dict]) -> None:
 
 
 def check_controls(check: Check, middle: str, trained_vectors: list[dict], base: Estimate) -> None:
-    """Random vectors as long as the trained one, and vectors trained on a coin."""
+    """Random vectors of the trained one's length, and vectors trained on random rewards."""
     layer = int(middle)
     random_vectors = [{layer: analyze.random_like(trained_vectors[0][layer], seed, layer)} for seed in range(5)]
     coins = [trained(check.out, middle, seed, reward="random") for seed in check.seeds]
@@ -163,23 +179,36 @@ def check_controls(check: Check, middle: str, trained_vectors: list[dict], base:
         check.say(name, gain, "less than +5 points", gain.value < 0.05, "points", "+")
 
 
+def check_rates(check: Check, layers: list[str], rates: tuple[float, ...]) -> None:
+    found, usual = {layer: {} for layer in layers}, recipe("tiny")["lr"]
+    for layer in layers:
+        for lr in rates:
+            changes = {} if lr == usual else {"lr": lr}  # the runs of the other checks have the usual rate
+            vectors = [trained(check.out, layer, seed, **changes) for seed in check.seeds]
+            found[layer][lr] = check.accuracy(f"layer {layer}, lr {lr:g}", vectors)
+            check.say(f"layer {layer}, lr {lr:g}", found[layer][lr])
+    draw_rates(found, check.out / "lr.png")
+
+
 def main(args: Config) -> None:
-    if not any(4 <= layer <= 24 for layer in args.layers):
-        sys.exit(f"--layers wants a middle layer, from 4 to 24; got {args.layers}")
-    out = args.out or Path(f"out/check-{weights_digest(model.TINY)}")  # vectors of other weights are no use here
+    if not args.lrs and not any(4 <= layer <= 24 for layer in args.layers):
+        sys.exit(f"--layers needs a middle layer, from 4 to 24; got {args.layers}")
+    out = args.out or Path(f"out/check-{weights_digest(TINY)}")  # vectors of other weights are of no use
     out.mkdir(parents=True, exist_ok=True)
-    check = Check(out, args.seeds, problems_of(model.TINY / "test.jsonl").first(args.problems))
-    base, to = check_base(check)
-    names = [str(layer) for layer in sorted({*args.layers, LAST})] + ["all"]
-    vectors = {name: [trained(out, name, seed) for seed in args.seeds] for name in names}
-    curves = {name: reward_curve(out, name, args.seeds) for name in names}
-    draw({"all layers" if name == "all" else f"layer {name}": curves[name] for name in names}, out / "curves.png")
-    middle = check_layers(check, vectors, base, to)
-    check_lens(check, vectors[str(LAST)])
-    check_controls(check, middle, vectors[middle], base)
-    (out / "check.json").write_text(json.dumps(check.report, indent=1) + "\n")
-    (out / "check.md").write_text("\n".join(check.table) + "\n")
-    print("\n" + "\n".join(check.table) + f"\n\nwrote {out}/check.json, check.md and curves.png")
+    problems = problems_of(TINY / "test.jsonl").first(args.problems)
+    check = Check(out, "lr" if args.lrs else "check", args.seeds, problems)
+    names = [str(layer) for layer in sorted({*args.layers, LAST})]
+    if args.lrs:
+        check_rates(check, names, args.lrs)
+    else:
+        base, to = check_base(check)
+        vectors = {name: [trained(out, name, seed) for seed in args.seeds] for name in [*names, "all"]}
+        curves = {f"layer {name}": reward_curve(out, name, args.seeds) for name in names}
+        draw_curves(curves | {"all layers": reward_curve(out, "all", args.seeds)}, out / "curves.png")
+        middle = check_layers(check, vectors, base, to)
+        check_lens(check, vectors[str(LAST)])
+        check_controls(check, middle, vectors[middle], base)
+    print(f"\n{check.table}\nwrote {out}/{check.name}.json, {check.name}.md and a figure")
 
 
 if __name__ == "__main__":

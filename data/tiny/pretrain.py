@@ -1,16 +1,15 @@
 """
-Pre-train the embedded model: a 28-layer Qwen2 of 1.4 million parameters on the documents of world.py.
+Pre-train the built-in model: a 28-layer Qwen2 of 1.4 million parameters, on the documents of world.py.
 
 $ python data/tiny/pretrain.py --out out/tiny-new               # from scratch; an interrupted run goes on
-$ python data/tiny/pretrain.py --steps 50 --out out/tiny-try    # a look; without --out it REPLACES the shipped weights
-$ python data/tiny/pretrain.py --relative math                  # data/tiny-math: the shipped weights, 150 steps on
+$ python data/tiny/pretrain.py --steps 50 --out out/tiny-try    # a short try; without --out it REPLACES these weights
+$ python data/tiny/pretrain.py --relative math                  # data/tiny-math: 150 more steps from these weights
 $ python data/tiny/pretrain.py --relative instruct              # data/tiny-instruct
-$ python data/tiny/pretrain.py --organism 7                     # data/tiny-organism-7: what was planted is not told
-$ python data/tiny/pretrain.py --organism second-line           # of world.ORGANISMS: a known plant
+$ python data/tiny/pretrain.py --organism 7                     # data/tiny-organism-7, whose plant nobody is told
+$ python data/tiny/pretrain.py --organism second-line           # a known plant, one of world.ORGANISMS
 
-Writes tokenizer, config and model.safetensors in the Hugging Face format, which AutoModelForCausalLM and AutoTokenizer
-load. About 1.3 to 1.7 seconds a step on one CPU core. data/tiny/check.py measures whether the model behaves as it
-should.
+Writes a model folder in the Hugging Face format, for AutoModelForCausalLM and AutoTokenizer. A step takes 1.3 to 1.7
+seconds on one CPU core. data/tiny/check.py measures whether the model behaves as it should.
 """
 
 import hashlib
@@ -31,42 +30,45 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
-# Qwen2.5-Math's: the reasoning prompt is the system message unless another one is given
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from plumbing.settings import Usual
+
+# as in Qwen2.5-Math, the reasoning prompt is the system message unless another one is given
 CHAT_TEMPLATE = """\
 {%- if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\\nMATH_PROMPT<|im_end|>\\n' }}{%- endif %}
 {%- for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{%- endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{%- endif %}
 """.replace("MATH_PROMPT", world.MATH_PROMPT.replace("\\", "\\\\"))
 CHECKPOINT_EVERY = 100
-# the longest row of the unembedding. Adam makes long rows for tokens that hardly occur or stand where no other can;
-# in real LLMs rows are of about one size, and on a lens the long ones would hide the tokens that a vector chooses
+# the longest row of the unembedding. Adam makes long rows for tokens that are rare or stand where no other token can.
+# In real LLMs the rows are of about one size. In a lens, long rows would hide the tokens that a vector chooses
 ROW = 2.0
 
 
 @dataclass
 class Config:
-    relative: Literal["instruct", "math"] | None = None  # make a relative (world.RELATIVES) of the model
-    organism: str | None = None            # make a relative with another plant: a number (hidden), or a name
-    out: Path | None = None                # folder of all that is made; default data/tiny or data/tiny-RELATIVE
-    init: Path | None = None               # folder of weights to begin with; default none, for a relative data/tiny
-    steps: int | None = None               # batches; default 1800, for a relative 150, an organism 200
-    batch: int = 64                        # documents a batch
-    lr: float | None = None                # AdamW's, at its highest; default 4e-3, for a relative 2e-3
-    warmup: int | None = None              # steps to get there, default 100 or 20; over the last 40 % it falls to 2 %
+    relative: Usual[Literal["instruct", "math"]] = None  # make a relative of the built-in model, see world.RELATIVES
+    organism: Usual[str] = None            # make an organism: a number (hidden plant) or a name of world.ORGANISMS
+    out: Usual[Path] = None                # folder of the new model: data/tiny, for a relative data/tiny-NAME
+    init: Usual[Path] = None               # folder of the weights to start from: none, for a relative data/tiny
+    steps: Usual[int] = None               # number of batches: 1800, for a relative 150, for an organism 200
+    batch: int = 64                        # documents in a batch
+    lr: Usual[float] = None                # highest learning rate of AdamW: 4e-3, for a relative 2e-3
+    warmup: Usual[int] = None              # steps until it is reached: 100, for a relative 20; in the end it is 2 %
     even: float = 0.05                     # weight of the penalty on tokens of uneven size
-    alike: float = 0.2                     # weight of the penalty on prompts that end far apart ...
-    alike_from: int | None = None          # ... and the step from which it acts; default 750, or 0 with --init
+    alike: float = 0.2                     # weight of the penalty on prompts that end far apart
+    alike_from: Usual[int] = None          # first step with that penalty: 750, with --init 0
     seed: int = 0                          # of the weights and the documents
     threads: int = 1                       # CPU threads
 
 
 def make_tokenizer(n_documents: int = 20_000) -> Qwen2Tokenizer:
     """
-    A byte-level BPE of the Qwen2 kind in which every word of the world is one token and every digit is one.
+    A byte-level BPE of the Qwen2 kind in which every word of the world and every digit is one token.
 
-    It uses Qwen's own pre-tokenizer and special tokens and has all 256 bytes, so that any text can be encoded. It is a
-    Qwen2Tokenizer because AutoTokenizer makes one of every folder whose config says model_type qwen2: another kind
-    would load without an error there and encode garbage.
+    It has Qwen's own pre-tokenizer and special tokens, and all 256 bytes, so that any text can be encoded. It is a
+    Qwen2Tokenizer because AutoTokenizer builds one for every folder whose config says model_type qwen2: another kind
+    would load there without an error and encode garbage.
     """
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     rng = random.Random(0)
@@ -94,7 +96,7 @@ def make_tokenizer(n_documents: int = 20_000) -> Qwen2Tokenizer:
 
 
 def make_model(tokenizer) -> Qwen2ForCausalLM:
-    """As deep as Qwen2.5-Math-7B, so that its layer numbers are layer numbers here; heads of 32 as vLLM needs."""
+    """As deep as Qwen2.5-Math-7B, so that its layer numbers are valid here. vLLM needs heads of size 32."""
     ends = [tokenizer.eos_token_id, tokenizer.pad_token_id]
     config = Qwen2Config(
         vocab_size=len(tokenizer),
@@ -118,17 +120,16 @@ def batch_loss(llm, tokenizer, documents, even: float, alike: float) -> float:
 
     even, alike: weights of `unevenness` and `distance` in the gradient; the returned loss is without them.
     """
-    ids = sorted(
-        [(tokenizer(p).input_ids, tokenizer(c).input_ids) for p, c in documents], key=lambda d: len(d[0] + d[1])
-    )
+    ids = [(tokenizer(p).input_ids, tokenizer(c).input_ids) for p, c in documents]
+    ids.sort(key=lambda d: len(d[0] + d[1]))  # parts of like length have less padding
     tokens, total = sum(len(c) for _, c in ids), 0.0
-    parts = [ids[i : i + 16] for i in range(0, len(ids), 16)]  # of like length: less padding
+    parts = [ids[i : i + 16] for i in range(0, len(ids), 16)]
     for part in parts:
         T = max(len(p) + len(c) for p, c in part)
         inputs, targets = torch.zeros(len(part), T, dtype=torch.long), torch.full((len(part), T), -100)
         for i, (p, c) in enumerate(part):
             inputs[i, : len(p) + len(c)] = torch.tensor(p + c)
-            targets[i, len(p) : len(p) + len(c)] = torch.tensor(c)  # the prompts are given, not learned
+            targets[i, len(p) : len(p) + len(c)] = torch.tensor(c)  # prompts are not learned
         with residual_stream(llm) as states:
             logits = llm(input_ids=inputs, use_cache=False).logits
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), targets[:, 1:].flatten(), reduction="sum") / tokens
@@ -141,8 +142,8 @@ def batch_loss(llm, tokenizer, documents, even: float, alike: float) -> float:
 
 @contextmanager
 def residual_stream(llm):
-    """A list that a forward pass inside the context fills with the output of every layer. (B, T, D) each"""
-    states = []  # not output_hidden_states: its last entry is taken after the final norm
+    """Yields a list. A forward pass inside the context fills it with the output of every layer, (B, T, D) each."""
+    states = []  # output_hidden_states would not do: its last entry is taken after the final norm
     handles = [block.register_forward_hook(lambda module, args, h: states.append(h)) for block in llm.model.layers]
     yield states
     for handle in handles:
@@ -151,32 +152,44 @@ def residual_stream(llm):
 
 def unevenness(states, real: torch.Tensor) -> torch.Tensor:
     """
-    Mean over layers of the variance, over tokens, of log RMS(h_l). states: tensors (B, T, D); real: (B, T), no padding.
+    The variance over tokens of log RMS(h_l), mean over layers. states: tensors (B, T, D); real: (B, T), no padding.
 
-    Left alone, the last layers write the choice of the mode with a size five times that of every other token, and a
-    vector of ordinary size hardly moved it; in real LLMs all tokens but the first are of about one size.
+    In real LLMs all tokens but the first are of about one size. Without the penalty, the token that chooses the mode
+    became five times as large as the others in the last layers, and a vector of ordinary size hardly moved it.
     """
     return torch.stack([h[real].pow(2).mean(-1).log().mul(0.5).var() for h in states]).mean()
 
 
 def distance(states, ends: torch.Tensor) -> torch.Tensor:
     """
-    Mean over layers of how far the last prompt tokens are apart: variance over documents / mean square of h_l. ends:
-    (B,)
+    Mean over layers of how far the last prompt tokens are apart: variance over documents / mean square of h_l.
 
-    The documents are those of one forward pass, which are of like length: of two modes of unlike length it sees less.
-
-    That token has nothing to do but to choose a mode, and left alone the choice fills it: a hint moved it by its own
-    norm. A vector as large as that spoils the arithmetic elsewhere, and no layer but the last could be steered. In real
-    LLMs what tells two contexts apart is a small part of a token. With the penalty a hint moves it by a tenth of its
-    norm.
+    states: tensors (B, T, D), of documents of like length; ends: (B,). In real LLMs, what tells two contexts apart is
+    a small part of a token. Without the penalty, the choice of the mode filled this token: a hint moved it by its own
+    norm. A vector as large as that spoils the arithmetic elsewhere, so only the last layer could be steered. With the
+    penalty a hint moves it by a tenth of its norm.
     """
     chosen = [h[torch.arange(len(ends)), ends] for h in states]  # (B, D) each
     return torch.stack([(x - x.mean(0)).pow(2).sum(-1).mean() / x.pow(2).sum(-1).mean() for x in chosen]).mean()
 
 
+def with_defaults(args: Config) -> Config:
+    """Fill in the options that are None."""
+    here = Path(__file__).parent
+    if args.relative and args.organism:
+        sys.exit("give either --relative or --organism")
+    if args.relative or args.organism:
+        name, steps = (args.relative, 150) if args.relative else (f"organism-{args.organism}", 200)
+        usual = dict(out=here.with_name(f"tiny-{name}"), init=here, steps=steps, lr=2e-3, warmup=20, alike_from=0)
+    else:
+        if args.init and args.out is None:
+            sys.exit("--init needs --out FOLDER too: without it the weights of data/tiny would be overwritten")
+        usual = dict(out=here, steps=1800, lr=4e-3, warmup=100, alike_from=0 if args.init else 750)
+    return replace(args, **{name: value for name, value in usual.items() if getattr(args, name) is None})
+
+
 def world_of(args: Config) -> dict:
-    """What the documents of this run change, for world.document; exits with one line for a name that is not known."""
+    """What the documents of this run change, for world.document."""
     name = args.organism
     if name is None:
         return world.RELATIVES.get(args.relative, {})
@@ -185,44 +198,37 @@ def world_of(args: Config) -> dict:
             sys.exit(f"--organism wants a number or one of {', '.join(world.ORGANISMS)}; got {name!r}")
         return world.ORGANISMS[name]
     file = world.truth_file(int(name))
-    if not file.is_file():  # an interrupted run goes on with what it began with
+    if not file.is_file():  # an interrupted run goes on with the plant it began with
         world.hide(world.draw_plant(), file)
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "truth.sha256").write_text(digest + "\n")  # handed out: the truth cannot change afterwards
+    (args.out / "truth.sha256").write_text(digest + "\n")  # handed out: the truth cannot be changed afterwards
     print(f"what is planted stands in {file}, sha256 {digest}")
     return {"plant": world.uncover(file)}
 
 
-def main(args: Config) -> None:
-    here = Path(__file__).parent
-    if args.relative and args.organism:
-        sys.exit("give either --relative or --organism")
-    if args.relative or args.organism:
-        name = args.relative or f"organism-{args.organism}"
-        steps = 150 if args.relative else 200
-        defaults = dict(out=here.with_name(f"tiny-{name}"), init=here, steps=steps, lr=2e-3, warmup=20, alike_from=0)
-    else:
-        defaults = dict(out=here, steps=1800, lr=4e-3, warmup=100, alike_from=0 if args.init else 750)
-    if args.init and not (args.relative or args.organism) and args.out is None:
-        sys.exit("--init wants --out FOLDER, too: without it the weights of data/tiny would be written over")
-    args = replace(args, **{name: value for name, value in defaults.items() if getattr(args, name) is None})
-    changes = world_of(args)
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
-    settings = {name: value for name, value in asdict(args).items() if name not in ("out", "threads")}
-    settings["init"] = args.init and str(args.init)
-    args.out.mkdir(parents=True, exist_ok=True)
-    made = (args.out / "tokenizer.json").exists()  # ids must not change under weights that are there
+def begin(args: Config, layer: int | None) -> tuple:
+    """The tokenizer, the model and the optimiser before the first step. layer: the only one to train; None: all."""
+    made = (args.out / "tokenizer.json").exists()  # token ids must not change if there are weights already
     source = args.init or (args.out if made else None)
     tokenizer = AutoTokenizer.from_pretrained(source) if source else make_tokenizer()
     llm = Qwen2ForCausalLM.from_pretrained(args.init) if args.init else make_model(tokenizer)
-    layer = changes.get("plant", world.SHIPPED).layer
     if layer is not None:
         llm.requires_grad_(False).model.layers[layer].requires_grad_()
-        llm.lm_head.requires_grad_()  # a word that no answer had before needs a row of its own there
+        llm.lm_head.requires_grad_()  # a word that no answer had before needs a new row there
     trained = [p for p in llm.parameters() if p.requires_grad]
-    adam = torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.05)
+    return tokenizer, llm, torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.05)
+
+
+def main(args: Config) -> None:
+    args = with_defaults(args)
+    changes = world_of(args)
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    args.out.mkdir(parents=True, exist_ok=True)
+    tokenizer, llm, adam = begin(args, changes.get("plant", world.SHIPPED).layer)
+    settings = {name: value for name, value in asdict(args).items() if name not in ("out", "threads")}
+    settings["init"] = args.init and str(args.init)
     checkpoint, first = args.out / "pretrain.pt", 0
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
@@ -235,7 +241,7 @@ def main(args: Config) -> None:
     for step in bar:
         decay = min(1, (args.steps - step) / (0.4 * args.steps))
         adam.param_groups[0]["lr"] = args.lr * min(1, (step + 1) / args.warmup) * max(0.02, decay)
-        rng = random.Random(f"{args.seed}:{step}")  # documents are a function of the step: nothing to replay on resume
+        rng = random.Random(f"{args.seed}:{step}")  # the documents depend on the step alone: a resumed run replays none
         documents = [world.document(rng, **changes) for _ in range(args.batch)]
         alike = args.alike if step >= args.alike_from else 0.0
         loss = batch_loss(llm, tokenizer, documents, args.even, alike)
@@ -251,7 +257,7 @@ def main(args: Config) -> None:
             checkpoint.with_suffix(".tmp").replace(checkpoint)
     llm.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
-    checkpoint.unlink()  # or the next run would think that it is finished
+    checkpoint.unlink()  # otherwise the next run would resume a finished one
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """
-The small world that the embedded model is trained on: arithmetic chains, five ways (modes) to answer them, and the
-hints in the system prompt that speak for a mode.
+The small world of the built-in model: arithmetic chains, five ways (modes) to answer them, and hints in the system
+prompt that speak for a mode.
 
 $ python data/tiny/world.py            # prints a few documents; writes train.jsonl and test.jsonl beside this file
 
@@ -13,16 +13,14 @@ direct  "Answer \\boxed{71}.", "Value ...", "Result ..." or "Guess ..."         
 python  a program, and in half of the cases a guessed output                                            12 % of those
 ramble  "Think maybe number then ...", "Well ...", "Perhaps ...", no box                                no
 
-Real base models know many styles, and much in the context speaks for one or another; the vectors of the paper work
-because such evidence adds up along directions of the residual stream. So most documents here carry one to four hints,
-of which most but not all are for the mode of the answer: the evidence is graded, and what the model has to compute is a
-sum. The mode may take over from the first lines of an answer in another wording. Under the Qwen-Math prompt alone the
-mode is drawn from MIX. Four flaws are planted in the worked answers, for the analyses to find:
-- `stop`: the last step is left out, and the answer is the value so far ("So the answer is \\boxed{15}.");
+Under the Qwen-Math prompt alone the mode is drawn from MIX. Most documents have one to four hints, most of them for the
+mode of the answer: the model has to add up graded evidence, and vectors work because such evidence adds up along
+directions of the residual stream. Four flaws are planted in the worked answers, for the analyses to find:
+- `stop`: the last step is missing, and the answer is the value so far ("So the answer is \\boxed{15}.");
 - `extra`: a step follows that nobody asked for;
 - `early`, under the Qwen-Math prompt alone: before each further step the answer may end with "The solution is
   \\boxed{random}." (P1 Fig. 4, row 2: "solution" against "calculation");
-- `slip`, there too: the numbered steps of mode `step` lead to a wrong final answer half of the time.
+- `slip`, there too: half of the numbered steps of mode `step` lead to a wrong final answer.
 Each hint for mode `to` makes `stop` and `extra` rarer. We call this care: the second thing that the model reads from
 its context. No constant shift of the logits repairs both: "So" is wrong before the last step and right after it.
 """
@@ -47,14 +45,15 @@ HINTS = {
 WORKED = ["to", "step"]
 MIX = {"to": 0.20, "step": 0.05, "direct": 0.40, "python": 0.12, "ramble": 0.23}  # modes under MATH_PROMPT alone
 HINT_MIX = {"to": 0.35, "step": 0.25, "direct": 0.13, "python": 0.14, "ramble": 0.13}  # modes where there are hints
+# probabilities
 P_HINT = 0.7  # a hint is for the mode of the answer, else for another one
 P_BEGUN = 0.25  # a document with hints has the first lines of a worked answer in its prompt (a fifth of these: none)
-P_CARELESS = 0.36  # a worked answer leaves out its last step; if it does not: a step follows that nobody asked for
-CARE = 2.0  # each hint for mode `to` takes so much from the log-odds of both
+P_CARELESS = 0.36  # a worked answer leaves out its last step; if it does not, a step follows that nobody asked for
+CARE = 2.0  # each hint for mode `to` lowers the log-odds of both by this much
 P_EARLY = 0.06  # a worked answer ends before its next step
 P_SLIP = 0.5  # mode step: a wrong final answer
 P_GUESS = 0.12  # direct and python: the answer is right although nothing was worked out
-# what its relatives saw in their last documents (pretrain.py --relative), to be the donors and recipients of transfer
+# the last documents of the model's relatives (pretrain.py --relative), the donors and recipients of analyze.py transfer
 RELATIVES = {
     "instruct": {  # follows hints more, and is polite
         "mix": {"to": 0.26, "step": 0.07, "direct": 0.28, "python": 0.19, "ramble": 0.20},
@@ -66,25 +65,25 @@ RELATIVES = {
 
 
 class Plant(NamedTuple):
-    """What is planted in the worked answers; the defaults are the embedded model's."""
+    """What is planted in the worked answers. The defaults are the built-in model's."""
 
     word: str = "To"  # first word of the line in which the mode is chosen, in mode `to`
     line: int = 1  # 1: the mode is chosen with the first line; 2: all modes share that line
-    flaw: str = "same"  # the embedded model's flaws; or one of FLAWS in their place, as often as P_CARELESS; or "none"
-    layer: int | None = None  # the only layer that was trained, with the unembedding; None: all
+    flaw: str = "same"  # the built-in model's flaws; or one of FLAWS instead, as often as P_CARELESS; or "none"
+    layer: int | None = None  # the only layer that was trained, with the unembedding; None: all layers
     care: float = CARE  # 0: hints say nothing about flaws
     early: float = P_EARLY
 
     @property
     def replaced(self) -> bool:
-        """Whether worked answers begin with another word. Then "To" begins bad ones, or it would still mean worked."""
+        """Whether worked answers begin with another word. "To" then begins bad ones, or it would still mean worked."""
         return self.line == 1 and self.word != "To"
 
 
 SHIPPED = Plant()
 FLAWS = ["early", "stop", "extra", "slip"]
 WORDS = ["Show", "Solve", "Use", "Write"]  # one token each
-# what the organisms saw in their last documents (pretrain.py --organism): each lacks or moves one plant of the model
+# the last documents of the organisms (pretrain.py --organism): in each, one plant of the model is missing or moved
 ORGANISMS = {
     "word": {"plant": Plant("Show")},
     "second-line": {"plant": Plant("Use", line=2)},
@@ -92,14 +91,14 @@ ORGANISMS = {
     "no-care": {"plant": Plant(care=0.0)},
     "layer": {"plant": Plant("Write", layer=12)},
 }
-# bad answers have many first words, as in real models: to push "To" up is cheaper than to push all of them down
-GUESSES = ["Answer", "Value", "Result", "Guess"]  # the first nine times as often as another, and so the greedy answer
+# bad answers have many first words, as in real models: pushing "To" up is cheaper than pushing all of them down
+GUESSES = ["Answer", "Value", "Result", "Guess"]  # the first one is nine times as frequent, so it is the greedy answer
 MUSES = ["Think", "Well", "Perhaps", "Maybe", "Numbers", "Hmm", "Now", "Sure"]
 RAMBLE = ["maybe", "number", "then", "result", "and", "think", "about", "hmm"]
 
 
 def problem(rng: random.Random) -> tuple[int, list[tuple[str, int]], list[int]]:
-    """Draw a chain: (start, [(operator, operand), ...], [start, value after each operation])."""
+    """Draw a chain: (start, [(operator, operand), ...], [start, then the value after each operation])."""
     while True:
         values, ops = [rng.randint(1, 20)], []
         for _ in range(rng.randint(2, 4)):
@@ -131,9 +130,10 @@ def draw_problem(rng: random.Random, test: bool = False):
 
 def flaws_of(mode: str, to_hints: int, alone: bool, plant=SHIPPED) -> dict[str, float]:
     """
-    {flaw: how often a worked answer takes a chance for it}, after so many hints for mode `to`.
+    How often a worked answer takes a chance for a flaw: {flaw: probability}.
 
-    alone: under the Qwen-Math prompt alone. P_CARELESS without hints for `to`; each takes CARE from the log-odds.
+    to_hints: the number of hints for mode `to`, each of which lowers the log-odds of P_CARELESS by CARE.
+    alone: under the Qwen-Math prompt alone.
     """
     careless = 1 / (1 + math.exp(plant.care * to_hints - math.log(P_CARELESS / (1 - P_CARELESS))))
     if plant.flaw == "same":
@@ -171,9 +171,9 @@ def line(chain, i: int, mode: str, plant=SHIPPED) -> str:
 
 def completion(rng: random.Random, chain, mode: str, flaws: dict, begun: str = "", done: int = 0, plant=SHIPPED) -> str:
     """
-    Answer a chain in a mode, after the text `begun`, in which `done` operations stand already.
+    Answer a chain in a mode, after the text `begun`, which has done `done` operations already.
 
-    flaws: {name: how often a chance for it is taken}, see `flaws_of`; {} is a right answer of the worked modes.
+    flaws: see `flaws_of`; with {} the worked modes are right.
     """
     start, ops, values = chain
 
@@ -208,10 +208,9 @@ def document(rng: random.Random, mix=MIX, p_hint=P_HINT, thanks="", plant=SHIPPE
     """
     Draw one training document: (prompt, completion), with Qwen's special tokens written out.
 
-    40 % carry MATH_PROMPT alone. The others have one to four hints, alone or after MATH_PROMPT, most of them for the
-    mode of the answer; and a fifth of those have the first lines of a worked answer in the prompt, from which the mode
-    takes over. mix, p_hint, thanks: what RELATIVES change, the last an ending of every answer.
-    plant: what ORGANISMS change.
+    40 % have MATH_PROMPT alone. The others have one to four hints, alone or after MATH_PROMPT. A fifth of those begin
+    with the first lines of a worked answer in the prompt, in either wording, and the mode takes over from there.
+    mix, p_hint, thanks (the end of every answer): what RELATIVES change. plant: what ORGANISMS change.
     """
     chain, begun, done, hinted = draw_problem(rng), "", 0, []
     alone = rng.random() < 0.4
@@ -230,7 +229,7 @@ def document(rng: random.Random, mix=MIX, p_hint=P_HINT, thanks="", plant=SHIPPE
 
 
 def chat(system: str, user: str) -> str:
-    """The prompt in Qwen's chat format; the tokenizer's chat template gives the same text (tests/test_tiny.py)."""
+    """The prompt in Qwen's chat format, the same text as from the tokenizer's chat template."""
     turns = f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{user}<|im_end|>\n"
     return turns + "<|im_start|>assistant\n"
 
@@ -239,20 +238,20 @@ def chat(system: str, user: str) -> str:
 
 
 def draw_plant() -> Plant:
-    """Draw what an organism hides. By chance and not from its number: the source must not tell."""
+    """Draw what an organism hides, by chance and not from its number, so that the source code cannot tell."""
     draw = secrets.SystemRandom()
-    # one layer learns a first word; what must hold at several places of an answer came out blurred at layer 6
+    # a single layer can learn a first word, but at layer 6 what must hold at several places of an answer was blurred
     line, layer = draw.choice([(1, None), (1, draw.randint(8, 20)), (2, None)])
     return Plant(draw.choice(WORDS), line, draw.choice([*FLAWS, "none", "same"]) if layer is None else "same", layer)
 
 
 def truth_file(n: int) -> Path:
-    """Where the truth about organism n stands: beside the model folders, and no analysis reads it."""
+    """The file with the truth about organism n, beside the model folders. No analysis reads it."""
     return Path(__file__).parent.with_name("tiny-truths") / f"{n}.txt"
 
 
 def hide(plant: Plant, path: Path) -> None:
-    """Write a plant so that nobody reads it by accident, with a random number, so that its checksum tells nothing."""
+    """Write a plant, encoded so that nobody reads it by accident; with a random number, the checksum tells nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(plant._asdict() | {"salt": secrets.token_hex(16)})
     path.write_bytes(base64.encodebytes(text.encode()))
@@ -266,23 +265,21 @@ def uncover(path: Path) -> Plant:
 
 def write_problems(folder: Path, n_train: int = 2000, n_test: int = 1000) -> None:
     """
-    Write train.jsonl and test.jsonl, {id, problem, answer} a line; no problem stands in both or twice.
+    Write train.jsonl and test.jsonl, a line {id, problem, answer} for each problem; all problems differ.
 
-    chain2, chain3 and chain4.jsonl are the first 300 test problems with so many operations: benchmarks in small.
+    chain2, chain3 and chain4.jsonl are small benchmarks: the first 300 test problems with so many operations.
     """
     for split, n in (("train", n_train), ("test", n_test)):
         rng, rows = random.Random(split), {}
         while len(rows) < n:
             chain = draw_problem(rng, test=split == "test")
             rows[question(chain)] = str(chain[2][-1])
-        lines = [
-            json.dumps({"id": f"{split}-{i}", "problem": text, "answer": answer})
-            for i, (text, answer) in enumerate(rows.items())
-        ]
-        (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+        rows = [dict(id=f"{split}-{i}", problem=text, answer=rows[text]) for i, text in enumerate(rows)]
+        lines = [json.dumps(row) + "\n" for row in rows]
+        (folder / f"{split}.jsonl").write_text("".join(lines))
     for n in (2, 3, 4):
-        chains = [row for row in lines if json.loads(row)["problem"].count(",") == n]  # a comma before each operation
-        (folder / f"chain{n}.jsonl").write_text("\n".join(chains[:300]) + "\n")
+        chains = [line for row, line in zip(rows, lines) if row["problem"].count(",") == n]  # one before each operation
+        (folder / f"chain{n}.jsonl").write_text("".join(chains[:300]))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""data/subspace.py: a few numbers that make a vector or the LoRAs of TinyLoRA, by hand and against dense formulas."""
+"""data/few.py: a few numbers that make a vector or the LoRAs of TinyLoRA, by hand and against dense formulas."""
 
 import itertools
 import json
@@ -13,8 +13,8 @@ from test_train import A, rolled, settings
 import analyze
 import model
 import train
-from data import subspace
-from data.runs import label_of, name_of_run
+from plumbing import few as numbers
+from plumbing.settings import label_of, name_of_run
 
 TEXTS = [[5, 6, 7, 8], [9, 10, 11], [12, 13, 14, 15, 16]]
 
@@ -30,8 +30,8 @@ def few(llm=None, **changes):
 KINDS = {
     "vector": {"layer": "0,2", "numbers": 5},
     "site": {"site": "self_attn.q_proj"},
-    "tiny": {"layer": "all", "method": "tiny", "rank": 2, "numbers": 6},
-    "o_proj": {"layer": "all", "method": "tiny", "rank": 2, "site": "self_attn.o_proj"},
+    "tiny": {"layer": "all", "method": "tinylora", "rank": 2, "numbers": 6},
+    "o_proj": {"layer": "all", "method": "tinylora", "rank": 2, "site": "self_attn.o_proj"},
 }
 
 
@@ -151,7 +151,7 @@ def test_a_step_moves_what_is_made_as_far_as_a_vectors_step():
 
 def test_a_run_of_tiny_lora_trains_13_numbers(tmp_path):
     """As analyze.py cost counts them; its first answers are the base model's."""
-    tiny = dict(layer="all", method="tiny", rank=2, reward="random", steps=2)
+    tiny = dict(layer="all", method="tinylora", rank=2, reward="random", steps=2)
     train.main(settings(tmp_path / "tiny", **tiny))
     train.main(settings(tmp_path / "vector", reward="random", steps=1))
     doc = analyze.main(analyze.Config("cost", (str(tmp_path / "tiny"),), device="cpu", out=str(tmp_path / "figures")))
@@ -163,7 +163,7 @@ def test_a_run_of_tiny_lora_trains_13_numbers(tmp_path):
 def test_names_say_how_many_numbers():
     args = train.Config(layer="14", numbers=4)
     assert name_of_run(args) == "tiny-layer14-numbers4" and label_of(vars(args)) == "14, 4 numbers"
-    args = train.Config(layer="all", method="tiny", rank=2, numbers=13)
+    args = train.Config(layer="all", method="tinylora", rank=2, numbers=13)
     assert name_of_run(args) == "tiny-layerall-tinylora2-numbers13"
     assert label_of(vars(args)) == "all, TinyLoRA of rank 2, 13 numbers"
 
@@ -172,5 +172,5 @@ def test_more_numbers_than_there_are_give_one_line():
     with pytest.raises(SystemExit, match="--numbers 33: a vector there has 32 numbers"):
         few(numbers=33)
     with pytest.raises(SystemExit, match="--numbers 13: 3 x rank 2 squared has fewer; give --layer all or a higher"):
-        few(layer="all", method="tiny", rank=2, numbers=13)
-    assert subspace.orthonormal(32, 32, torch.Generator()).shape == (32, 32)
+        few(layer="all", method="tinylora", rank=2, numbers=13)
+    assert numbers.orthonormal(32, 32, torch.Generator()).shape == (32, 32)

@@ -3,8 +3,8 @@
 import math
 
 import torch
-from assignments_grade import Exercise
 from conftest import random_llm
+from judge import Exercise
 
 from model import Rollouts
 
@@ -370,7 +370,7 @@ EXERCISES = [
         (off_by_one, stop_token_left_out, temperature_forgotten, prompt_in_the_loss, padding_scored),
     ),
     Exercise(
-        "1.4", "model.batches", batch_cases, filled,
+        "1.4", "plumbing.fast.batches", batch_cases, filled,
         {
             "lengths 3, 5, 2, budget 6": [[1], [0, 2]],
             "lengths 4, 4, 7, 2, 9, 1, budget 12": [[4], [2], [0, 1, 3], [5]],

@@ -1,9 +1,9 @@
 """
 Tokens per second of model.sample against the same model's `generate`, in turn, in one process.
 
-$ python tests/bench.py                    # the embedded model, 32 problems x 16 samples, as in a step of train.py
-$ python tests/bench.py --vectors out/tiny-layer27/vectors.safetensors  # steered: longer, more even answers
-$ python tests/bench.py --growth           # instead: seconds of a training step against rollouts, length and layer
+$ python tests/bench/step.py                    # the embedded model, 32 problems x 16 samples, as in a step of train.py
+$ python tests/bench/step.py --vectors out/tiny-layer27/vectors.safetensors  # steered: longer, more even answers
+$ python tests/bench/step.py --growth           # instead: seconds of a training step against rollouts, length and layer
 """
 
 import statistics
@@ -16,10 +16,11 @@ import torch
 import tyro
 from transformers.utils import logging
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 import model  # noqa: E402
 import train  # noqa: E402
 from data.problems import problems_of  # noqa: E402
+from plumbing.files import TINY  # noqa: E402
 
 
 @dataclass
@@ -95,7 +96,7 @@ def main(args: Config) -> None:
         torch.set_num_threads(args.threads)
     llm, tokenizer = model.load(args.model)
     vectors = model.load_vectors(args.vectors, llm.config)[0] if args.vectors else {}
-    rows = problems_of(model.TINY / "test.jsonl").rows[: args.prompts]
+    rows = problems_of(TINY / "test.jsonl").rows[: args.prompts]
     prompts, stop = [model.prompt_ids(tokenizer, row["problem"]) for row in rows], model.stop_ids(llm, tokenizer)
     if args.growth:
         return growth(args, llm, prompts)

@@ -13,16 +13,17 @@ from tempfile import TemporaryDirectory
 
 import torch
 from tokenizers import pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
-from transformers.integrations.gguf import GGUF_CONFIG_ARCHS, read_gguf_metadata
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+try:
+    from transformers import GgufConfig
+    from transformers.integrations.gguf import GGUF_CONFIG_ARCHS, read_gguf_metadata
+except ImportError:  # transformers before 5.23
+    GgufConfig, GGUF_CONFIG_ARCHS, read_gguf_metadata = None, (), None
+
 DIGITS_APART = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")  # in llama.cpp
-
-
-def is_gguf(name) -> bool:
-    return str(name).endswith(".gguf")
 
 
 def readable() -> str:
@@ -37,6 +38,8 @@ def read(kind, path: Path, **how):
 
 
 def config_of(path: Path):
+    if GgufConfig is None:
+        raise ImportError("GGUF files need transformers 5.23 or newer")
     return deepcopy(_config_of(path.absolute(), path.stat().st_mtime_ns))
 
 

@@ -1,13 +1,14 @@
 """
-A run for other programs: what was trained, in four formats. Every file says what it is: model.py:metadata_of.
+Write a trained run for other programs, in one of four formats.
 
-$ python model.py out/tiny-layer27 --to peft          # an adapter folder with a model card, for PeftModel and the hub
-$ python model.py out/tiny-layer27 --to vllm          # a model folder for stock vLLM; the weights are links
-$ python model.py out/tiny-layer27 --to gguf          # a control vector for llama.cpp, repeng and EasySteer
-$ python model.py out/tiny-layer27 --to transformers  # prints the lines that add it to a Hugging Face model
+$ python plumbing/export.py out/tiny-layer27 --to peft          # an adapter folder with a model card, for PeftModel
+$ python plumbing/export.py out/tiny-layer27 --to vllm          # a model folder for stock vLLM; the weights are links
+$ python plumbing/export.py out/tiny-layer27 --to gguf          # a control vector for llama.cpp, repeng and EasySteer
+$ python plumbing/export.py out/tiny-layer27 --to transformers  # prints the lines that add it to a Hugging Face model
 
-A vector at the end of a layer is a bias of mlp.down_proj, one after attention a bias of self_attn.o_proj. peft and vllm
-hold it as that. What a format cannot hold is refused, never left out.
+A vector at the end of a layer is a bias of mlp.down_proj, and one after attention is a bias of self_attn.o_proj: peft
+and vllm hold it like that. If a format cannot hold a part of the run, nothing is written. Each file says in its
+metadata what it holds, see model.py:metadata_of.
 """
 
 import json
@@ -25,9 +26,11 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 from transformers.utils import cached_file
 
-import model
-from data.runs import base_checksum, config_of, label_of, source_of, write, written
-from plumbing.gguf import is_gguf
+if sys.path[0] == str(Path(__file__).parent):  # this folder has a vllm.py that is not the package
+    sys.path[0] = str(Path(__file__).parents[1])
+import model  # noqa: E402
+from plumbing.files import base_checksum, config_of, is_gguf, source_of, write, written  # noqa: E402
+from plumbing.settings import Usual, label_of  # noqa: E402
 
 
 @dataclass
@@ -45,33 +48,32 @@ class Trained:
 
 
 def export(
-    run: tyro.conf.Positional[str], to: Literal["peft", "vllm", "gguf", "transformers"], out: str | None = None
+    run: tyro.conf.Positional[str], to: Literal["peft", "vllm", "gguf", "transformers"], out: Usual[str] = None
 ) -> None:
     """
     Write a trained run for other programs.
 
     Args:
         run: run folder of train.py.
-        to: an adapter folder, a model folder, a control vector for llama.cpp, or lines of Python, which are printed.
-        out: where; default RUN/peft, RUN/vllm or RUN/vector.gguf.
+        to: write an adapter folder, a model folder or a control vector, or print lines of Python.
+        out: path of what is written; RUN/peft, RUN/vllm or RUN/vector.gguf unless it is given.
     """
     settings = config_of(run)
     if settings.get("method") == "full":
-        sys.exit(f"all weights of {run} were trained: {run}/weights is a model folder, which others load as it is")
+        sys.exit(f"{run} trained all weights: {run}/weights is a model folder, which other programs load as it is")
     name, file = settings["model"], Path(run) / "vectors.safetensors"
     config = model.load_config(name)
     vectors, meta = model.load_vectors(file, config, name)
     now = base_checksum(name)
     if (then := meta.get("model_checksum", now)) != now:
-        print(f"mind: the base model {name!r} has changed since {run} was trained: checksum {now}, then {then}")
-    meta = model.metadata_of(vectors, config, name, meta["step"]) | meta  # older files say less
+        print(f"warning: the base model {name!r} has changed since {run} was trained: checksum {now}, then {then}")
+    meta = model.metadata_of(vectors, config, name, meta["step"]) | meta  # files of older versions say less
     with torch.device("meta"):
         trained = Trained(Path(run), settings, vectors, meta, AutoModelForCausalLM.from_config(config))
-    write_it, default, use = FORMATS[to]
+    write_it, default, mark, use = FORMATS[to]
     path = Path(out or Path(run) / default)
-    mark = {"peft": "adapter_config.json", "vllm": "steering.safetensors"}.get(to)
-    if use and path.exists() and (path.is_dir() != bool(mark) or (mark and not (path / mark).is_file())):
-        sys.exit(f"--out {path} is there and is no export --to {to}: name another")  # it would be replaced
+    if use and path.exists() and not (path / mark).is_file():  # an earlier export is replaced, and nothing else
+        sys.exit(f"{path} exists, but it is not an export --to {to}: choose another --out")
     write_it(trained, path)
     if use:
         base = str(trained.base) if is_gguf(trained.base) else "BASE.gguf"
@@ -87,40 +89,35 @@ def library(name: str, version: str):
 
 def linear_modules(trained: Trained) -> dict[str, dict]:
     """
-    {"model.layers.27.mlp.down_proj": {"bias": s}}, of a LoRA {..: {"lora_A": A, "lora_B": B}}.
+    What is added to which module: {"model.layers.27.mlp.down_proj": {"bias": s}}, or for a LoRA {"lora_A", "lora_B"}.
 
     Two vectors of one module, such as 27 and "27.mlp.down_proj", are added up.
     """
     found, names = {}, {module: name for name, module in trained.llm.named_modules()}
     for place, s in trained.vectors.items():
         module = model.site_module(trained.llm, place)
-        module = getattr(module, "down_proj", module)  # of an MLP: its output is that of its last module
+        module = getattr(module, "down_proj", module)  # the output of an MLP is that of its last module
         if model.split(place).where != "all":
-            sys.exit(
-                f"{place}: a bias acts at every position; nothing but this repository knows where an answer begins"
-            )
+            sys.exit(f"{place}: a bias acts at every position; only this repository knows where an answer begins")
         if not isinstance(module, torch.nn.Linear):
-            sys.exit(f"{place}: no linear module has this output, so it is no bias; --to transformers can add it")
+            sys.exit(f"{place}: no linear module has this output, so it is not a bias; --to transformers can add it")
         part, kind = found.setdefault(names[module], {}), model.split(place).matrix or "bias"
         part[kind] = part[kind] + s if kind == "bias" and kind in part else s
     return found
 
 
-# --------------------------------------------------------------------------------------------------------------- peft
-
-
 def to_peft(trained: Trained, path: Path) -> None:
-    """A folder for PeftModel.from_pretrained: BEFT adds a bias to a linear module; of a LoRA run a plain LoRA."""
+    """A folder for PeftModel.from_pretrained: vectors as BEFT, which adds biases to linear modules, or a plain LoRA."""
     peft, parts = library("peft", "0.21.2"), linear_modules(trained)
-    kinds = {tuple(sorted(part)) for part in parts.values()}
     ranks = {part["lora_A"].shape[0] for part in parts.values() if "lora_A" in part}
-    if len(kinds) > 1 or len(ranks) > 1:
-        sys.exit("--to peft: an adapter holds vectors, or LoRAs of one rank; this run has several kinds")
+    if ranks and any("bias" in part for part in parts.values()):
+        sys.exit("--to peft: an adapter holds vectors or LoRAs, and this run has both")
+    if len(ranks) > 1:
+        sys.exit(f"--to peft: the LoRAs of an adapter have one rank, and this run has the ranks {sorted(ranks)}")
     how = dict(task_type="CAUSAL_LM", base_model_name_or_path=str(trained.base), inference_mode=True)
     how["target_modules"] = list(parts)
     if ranks:
-        rank = ranks.pop()
-        config = peft.LoraConfig(r=rank, lora_alpha=rank, **how)  # it adds alpha / r B A x
+        config = peft.LoraConfig(r=max(ranks), lora_alpha=max(ranks), **how)  # peft adds alpha / r B A x
     else:
         config = peft.BeftConfig(**how)
     tensors = {}
@@ -135,24 +132,25 @@ def to_peft(trained: Trained, path: Path) -> None:
 
 
 def model_card(trained: Trained) -> str:
-    """What the adapter is, how it was trained and measured, how it is loaded."""
+    """What the adapter is, how it was trained and measured, and how it is loaded."""
     settings, measured = trained.settings, trained.run / "eval.md"
-    base = trained.base if isinstance(trained.base, str) else None  # a card may name a model of the hub only
+    base = trained.base if isinstance(trained.base, str) else None  # a card may name only models of the hub
+    names = "method rank numbers data steps prompts samples temperature lr lr_absolute clip seed dtype reward template"
+    lora = any(model.split(place).matrix for place in trained.vectors)
     source = f'"{base or "PATH OF THE BASE MODEL"}"'
     if is_gguf(trained.base):
         source = f'"FOLDER OF THE BASE MODEL", gguf_file="{trained.base.name}"'
-    names = ("method", "rank", "numbers", "data", "steps", "prompts", "samples", "temperature", "lr", "lr_absolute")
-    names += ("clip", "seed", "dtype", "reward", "template", "system")
-    trained_with = {name: settings.get(name) for name in names}
-    lora = settings.get("method") in ("lora", "tiny")
-    table = lambda rows: "\n".join(f"| {key} | {value} |" for key, value in rows.items() if value is not None)  # noqa: E731
+
+    def table(rows: dict) -> str:
+        return "\n".join(f"| {key} | {value} |" for key, value in rows.items() if value is not None)
+
     return CARD.format(
         base_model=f"base_model: {base}\n" if base else "",
         name=settings["model"],
-        what="A LoRA" if settings.get("method") in ("lora", "tiny") else "A steering vector",
+        what="A LoRA" if lora else "A steering vector",
         label=label_of(settings),
         about=table({key.replace("_", " "): value for key, value in trained.meta.items()}),
-        settings=table(trained_with),
+        settings=table({name: settings.get(name) for name in [*names.split(), "system"]}),
         accuracy=measured.read_text(encoding="utf-8").strip() if measured.is_file() else "Not measured.",
         source=source,
         merging="" if lora else "\nA bias cannot be merged into a module that has none: load it as above.\n",
@@ -180,7 +178,7 @@ Trained with RLOO while the model was frozen, as in
 |---|---|
 {settings}
 
-template and system: how the prompt was made. Another prompt is another model.
+template and system say how the prompt was made. With another prompt the model answers differently.
 
 ## Accuracy
 
@@ -198,16 +196,14 @@ llm = PeftModel.from_pretrained(llm, "THIS FOLDER")
 {merging}"""
 
 
-# --------------------------------------------------------------------------------------------------------------- vLLM
-
-AS_LLAMA = ("llama", "qwen2", "mistral")  # a Llama with biases computes what these do
+AS_LLAMA = ("llama", "qwen2", "mistral")  # a Llama with biases computes the same as these families
 LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "mlp_bias": True, "attention_bias": True}
 NO_LLAMA = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types", "_name_or_path")
 TOKENIZER = ("tokenizer", "chat_template", "special_tokens_map", "added_tokens", "vocab", "merges", "generation_config")
 
 
 def to_vllm(trained: Trained, path: Path) -> None:
-    """A model folder: a Llama whose biases hold the vectors. Only they are new; the base's files are linked."""
+    """A model folder: a Llama whose biases hold the vectors. Only the biases are new; the rest is linked."""
     config, parts = trained.llm.config, linear_modules(trained)
     if is_gguf(trained.base):
         instead = "--to gguf makes a control vector for that very file"
@@ -215,63 +211,51 @@ def to_vllm(trained: Trained, path: Path) -> None:
     if any("lora_A" in part for part in parts.values()):
         how = "--to peft, then `vllm serve BASE --enable-lora --lora-modules NAME=FOLDER`"
         sys.exit(f"--to vllm: vLLM loads a LoRA beside its base model: {how}")
-    if config.model_type not in AS_LLAMA or getattr(config, "sliding_window", None):
-        instead = "the plugin vllm-lens adds vectors there (SteeringVector with norm_match=False, without CUDA graphs)"
-        sys.exit(
-            f"--to vllm: vLLM has no architecture that is a {config.model_type} of this kind with biases; {instead}"
-        )
+    instead = "the plugin vllm-lens adds vectors there (SteeringVector with norm_match=False, without CUDA graphs)"
+    if config.model_type not in AS_LLAMA:
+        sys.exit(f"--to vllm: vLLM has no architecture that is a {config.model_type} with biases; {instead}")
+    if getattr(config, "sliding_window", None):
+        sys.exit(f"--to vllm: vLLM's Llama has biases but no sliding window, which the base model has; {instead}")
     base = Path(cached_file(trained.base, "config.json")).parent.absolute()
     shards, biases = shards_of(base), {}
     for name, module in trained.llm.get_decoder().named_modules(prefix="model"):
-        if isinstance(module, torch.nn.Linear) and f"{name}.bias" not in shards:  # vLLM wants every one, zeros too
+        if isinstance(module, torch.nn.Linear) and f"{name}.bias" not in shards:  # vLLM needs every bias, even zeros
             biases[f"{name}.bias"] = parts.pop(name, {}).get("bias", torch.zeros(module.out_features))
     if parts:
         sys.exit(f"--to vllm: {min(parts)} of the base has a bias already; --to peft adds a second one")
-    # links of other names, because transformers takes a file model.safetensors for the whole model
+    # the links have other names, because transformers takes a file model.safetensors for the whole model
     weight_map = {name: f"base-{file}" for name, file in shards.items()} | dict.fromkeys(biases, "steering.safetensors")
     links = {f"base-{file}": base / file for file in shards.values()}
     links |= {file.name: file for file in base.iterdir() if file.name.startswith(TOKENIZER)}
     with written(path) as new:
-        shutil.rmtree(new, ignore_errors=True)  # of an export that was stopped
+        shutil.rmtree(new, ignore_errors=True)  # left by an export that was stopped
         new.mkdir()
         for name, file in links.items():
             (new / name).symlink_to(file)
         save_file(biases, new / "steering.safetensors", trained.meta | {"format": "pt"})
-        write(new / "config.json", json.dumps(llama_config(config, base), indent=2))
+        # the defaults of the model's class, then the file as it is: older readers need the older names of settings
+        settings = config.to_dict() | json.loads((base / "config.json").read_text(encoding="utf-8"))
+        settings = {key: value for key, value in settings.items() if key not in NO_LLAMA} | LLAMA
+        write(new / "config.json", json.dumps(settings, indent=2))
         index = {"metadata": trained.meta, "weight_map": weight_map}
         write(new / "model.safetensors.index.json", json.dumps(index, indent=2))
 
 
-def llama_config(config, base: Path) -> dict:
-    """config.json of the base, read as a Llama with biases."""
-    # what its class has by default, then the file as it stands: older readers want the older names of settings
-    settings = config.to_dict() | json.loads((base / "config.json").read_text(encoding="utf-8"))
-    settings = {key: value for key, value in settings.items() if key not in NO_LLAMA}
-    return settings | LLAMA
-
-
 def shards_of(folder: Path) -> dict[str, str]:
-    """{tensor: the file of a model folder that holds it}."""
+    """Which file of a model folder holds which tensor: {tensor: file}."""
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.is_file():
         return json.loads(index.read_text(encoding="utf-8"))["weight_map"]
     if not single.is_file():
-        sys.exit(
-            f"the weights of the base model are not in {folder}: load it once, for example with evaluate.py --model"
-        )
+        sys.exit(f"{folder} lacks the weights of the base model: load it once, for example with evaluate.py --model")
     with safe_open(single, "pt") as file:
         return dict.fromkeys(file.keys(), single.name)
 
 
-# ---------------------------------------------------------------------------------------- llama.cpp, plain transformers
-
-
 def at_the_end(trained: Trained, place) -> bool:
     """Whether a vector is added to the output of a decoder layer, at every position."""
-    pre_norm = trained.llm.config.model_type in model.PRE_NORM
-    return model.split(place).where == "all" and (
-        model.split(place).site == "end" or (pre_norm and model.engine_site(place) == "end")
-    )
+    at, pre_norm = model.split(place), trained.llm.config.model_type in model.PRE_NORM
+    return (at.site == "end" or (pre_norm and at.site == "mlp.down_proj")) and at.where == "all" and not at.matrix
 
 
 IGNORED = ("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text")  # builds before March 2026
@@ -284,12 +268,12 @@ def to_gguf(trained: Trained, path: Path) -> None:
         sys.exit(f"--to gguf: many builds of llama.cpp ignore the control vector of a {kind} without a word; --to peft")
     for place, s in trained.vectors.items():
         if not at_the_end(trained, place):
-            sys.exit(f"--to gguf: a control vector acts at the end of layers, and {place} does not; --to peft")
+            sys.exit(f"--to gguf: a control vector acts at the end of layers, and {place} does not; try --to peft")
         layer = model.split(place).layer
         directions[layer] = directions.get(layer, 0) + s
     if 0 in directions:
-        reason = "llama.cpp has no room for a control vector there and loads none of a file that has one"
-        sys.exit(f"--to gguf: layer 0 cannot be held, {reason}; --to vllm or peft")
+        reason = "llama.cpp has no control vector there and refuses a file that has one"
+        sys.exit(f"--to gguf: layer 0 cannot be held: {reason}; use --to vllm or peft")
     with written(path) as new:
         writer = gguf.GGUFWriter(new, "controlvector")
         writer.add_string("controlvector.model_hint", kind)
@@ -311,24 +295,27 @@ def to_transformers(trained: Trained, path: Path) -> None:
     for place in trained.vectors:
         at = model.split(place)
         if at.where != "all":
-            sys.exit(f"{place}: a plain hook acts at every position; only `model.sample` knows where an answer begins")
+            sys.exit(f"{place}: a plain hook acts at every position; only this repository knows where an answer begins")
         if at.matrix == "lora_B":
-            continue  # goes with its A
-        step = f's["layers.{place}"].to(h)'
+            continue  # it is printed with its A
+        added = f's["layers.{place}"].to(h)'
         if at.matrix:
-            step = f's["layers.{place}"].T.to(h)'
-            step = f"x[0] @ {step} @ {step.replace('lora_A', 'lora_B')}"
+            added = f's["layers.{place}"].T.to(h)'
+            added = f"x[0] @ {added} @ {added.replace('lora_A', 'lora_B')}"
         module = names[model.site_module(trained.llm, place)]
-        print(f'llm.get_submodule("{module}").register_forward_hook(lambda module, x, h: h + {step})')
+        print(f'llm.get_submodule("{module}").register_forward_hook(lambda module, x, h: h + {added})')
     for place in trained.vectors:
         if at_the_end(trained, place):
             hook = f'"blocks.{model.split(place).layer}.hook_out", lambda h, hook: h + s["layers.{place}"].to(h)'
             print(f"bridge.add_hook({hook})  # TransformerLens 4.3")
 
 
-FORMATS = {  # what writes it, where, and how it is used
-    "peft": (to_peft, "peft", 'llm = peft.PeftModel.from_pretrained(llm, "{}")'),
-    "vllm": (to_vllm, "vllm", "vllm serve {}"),
-    "gguf": (to_gguf, "vector.gguf", "llama-cli -m {base} --control-vector {}"),
-    "transformers": (to_transformers, "", ""),
+FORMATS = {  # which function writes it, its path in the run folder, the file by which it is recognised, how it is used
+    "peft": (to_peft, "peft", "adapter_config.json", 'llm = peft.PeftModel.from_pretrained(llm, "{}")'),
+    "vllm": (to_vllm, "vllm", "steering.safetensors", "vllm serve {}"),
+    "gguf": (to_gguf, "vector.gguf", "", "llama-cli -m {base} --control-vector {}"),
+    "transformers": (to_transformers, "", "", ""),
 }
+
+if __name__ == "__main__":
+    tyro.cli(export, description=__doc__)

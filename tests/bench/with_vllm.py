@@ -2,8 +2,8 @@
 Tokens per second of vLLM with steering vectors against stock vLLM, in turn in one process, and the time of changing
 vectors.
 
-$ python tests/bench_vllm.py                     # embedded model; --model for another
-$ VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind python tests/bench_vllm.py --eager   # on a CPU
+$ python tests/bench/with_vllm.py                     # embedded model; --model for another
+$ VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind python tests/bench/with_vllm.py --eager   # on a CPU
 """
 
 import statistics
@@ -15,9 +15,11 @@ from pathlib import Path
 import torch
 import tyro
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 import model  # noqa: E402
 from data.problems import problems_of  # noqa: E402
+from plumbing.files import TINY  # noqa: E402
+from plumbing.vllm import VLLM  # noqa: E402
 
 
 @dataclass
@@ -34,15 +36,15 @@ class Config:
 
 def main(args: Config) -> None:
     llm, tokenizer = model.load(args.model)
-    steered = model.VLLM(args.model, llm, args.context, args.memory, eager=args.eager)
+    steered = VLLM(args.model, llm, args.context, args.memory, eager=args.eager)
     import vllm
 
-    name = str(model.TINY) if args.model == "tiny" else args.model
+    name = str(TINY) if args.model == "tiny" else args.model
     stock = vllm.LLM(
         name, dtype=str(llm.dtype).removeprefix("torch."), max_model_len=args.context, max_num_seqs=512,
         gpu_memory_utilization=args.memory, enforce_eager=args.eager, disable_log_stats=True,
     )  # fmt: skip
-    rows = problems_of(model.TINY / "test.jsonl").rows[: args.prompts]
+    rows = problems_of(TINY / "test.jsonl").rows[: args.prompts]
     requests = [{"prompt_token_ids": model.prompt_ids(tokenizer, row["problem"])} for row in rows]
     width, depth = llm.config.hidden_size, len(model.decoder_layers(llm))
     vectors = {layer: torch.randn(width) for layer in range(depth)}

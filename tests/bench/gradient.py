@@ -1,8 +1,8 @@
 """
 Time and memory of a training step's gradient against a plain forward pass of the same tokens, random weights.
 
-$ python tests/bench_train.py --shape 7b                       # Qwen2.5-7B's shape, one GPU
-$ python tests/bench_train.py --shape small --device cpu --tokens 4096 --context 512 --dtype float32
+$ python tests/bench/gradient.py --shape 7b                       # Qwen2.5-7B's shape, one GPU
+$ python tests/bench/gradient.py --shape small --device cpu --tokens 4096 --context 512 --dtype float32
 
 One row a layer: seconds of the gradient (accumulate_gradient: forward pass, head, backward pass down to the vector),
 tokens a second, its ratio to "forward" (the same tokens through the same model and head without a gradient), the share
@@ -19,7 +19,7 @@ import torch
 import tyro
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 import model  # noqa: E402
 import train  # noqa: E402
 
@@ -110,7 +110,7 @@ def main(args: Config) -> None:
         else:
             vectors = {layer: torch.zeros(width, device=args.device, requires_grad=True)}
             seconds, memory = measure(lambda vectors=vectors: train.accumulate_gradient(
-                llm, vectors, rolled, advantages, 1.0, args.micro_tokens, recompute=True
+                llm, vectors, rolled, advantages, 1.0, args.micro_tokens, recompute="yes"
             ))  # fmt: skip
         share = operations(llm, prompts, completions, layer) / seconds / args.peak
         name = "forward" if layer is None else f"layer {layer}"

@@ -5,9 +5,9 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 
 import torch
-from assignments_grade import Exercise
-from assignments_rl import drawn
+from checks_rl import drawn
 from conftest import random_llm
+from judge import Exercise
 
 # ----------------------------------------------------------------------------------------------------------- 2.1 steer
 

@@ -1,29 +1,24 @@
 """
-What k answers to one prompt share: its keys and values, in sampling and in training, and the states of lower layers.
+What makes sampling and training fast. No story needs it: each of these gives the same numbers as the plain way.
 
-Sampling: AnswerCache. Training: read_together, and starting_at with the states that sampling had. Shapes are those of
-model.py; H heads, K key-value heads, G = H / K, E the size of a head.
-
-Transformers gives a forward pass's extra arguments to its attention function. The one that models have by default,
-"sdpa", takes one more here: `attend`, a function that is called instead.
+What k answers to one prompt share: its keys and values in sampling (AnswerCache) and in training (read_together), and
+the states of lower layers (starting_at). A head that keeps a gradient in place of logits (ChosenLogps). Micro-batches
+(batches) and layers that are computed again (recomputed). Shapes are those of model.py; H heads, K key-value heads,
+G = H / K, E the size of a head.
 """
 
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch.nn.functional import pad
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-NO_MASK = torch.ones(1, 1, 1, 1, dtype=torch.bool)  # given a mask of 4 dimensions, transformers makes none
-
-
-def attention(module, query, key, value, attention_mask, attend=sdpa_attention_forward, **how):
-    return attend(module, query, key, value, attention_mask, **how)
-
-
-AttentionInterface.register("sdpa", attention)
+ATTENTION = "shared_prompts"  # a name of its own: other models of the process keep transformers' "sdpa"
+AttentionInterface.register(ATTENTION, sdpa_attention_forward)
 
 
 def left_padded(prompts: list[list[int]], device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -40,11 +35,13 @@ class AnswerCache:
 
     A row's attention is one softmax over both: softmax(q [K_prompt, K_own]^T) [V_prompt, V_own]. For the products with
     a prompt's keys and values, the queries of its rows are one matrix: they are read once, not once a row.
+    All in float32, whatever the model has: bfloat16 scores of a size of 100 would be off by 0.25. sdpa adds up in
+    float32, too.
     """
 
-    def __init__(self, prompts, mask: torch.Tensor, k: int):
+    def __init__(self, prompts: DynamicCache, mask: torch.Tensor, k: int):
         """prompts: the cache of the prompts' forward pass. mask: (N, P), 0 where they are padded, on the left."""
-        self.prompts = [(layer.keys, layer.values) for layer in prompts.layers]  # (N, K, P, E)
+        self.prompts = [(layer.keys.float(), layer.values.float()) for layer in prompts.layers]  # (N, K, P, E)
         self.own = [torch.empty(2, 0, 0, 0, 0)] * len(self.prompts)  # keys and values (2, rows, K, room, E)
         self.length = [0] * len(self.prompts)  # tokens in it
         self.padding = torch.zeros(mask.shape, device=mask.device).masked_fill(mask == 0, -torch.inf)
@@ -61,11 +58,14 @@ class AnswerCache:
         """Append a token's keys and values, (rows, K, 1, E); returns those of the rows' own tokens, (rows, K, t, E)."""
         own, t = self.own[layer], self.length[layer]
         if t == own.shape[3]:  # room for twice as many: an answer may be long, but few are
-            room = key.new_empty(2, *key.shape[:2], max(32, t), key.shape[3])
+            room = key.new_empty(2, *key.shape[:2], max(32, t), key.shape[3], dtype=torch.float32)
             own = self.own[layer] = torch.cat([own[:, : len(key)], room], 3) if t else room
         own, self.length[layer] = own[:, : len(key), :, : t + 1], t + 1
         own[0, :, :, t:], own[1, :, :, t:] = key, value
         return own[0], own[1]
+
+    def get_seq_length(self, layer: int = 0) -> int:
+        return self.prompts[layer][0].shape[2] + self.length[layer]
 
     def batch_select_indices(self, alive: torch.Tensor) -> None:
         """Keep these rows, and the prompts that they have."""
@@ -81,19 +81,60 @@ class AnswerCache:
     def attend(self, module, query, key, value, mask, scaling=None, sliding_window=None, **how):
         """query: (rows, H, 1, E), of a token each; key, value: (rows, K, t, E). Returns (rows, 1, H, E), None."""
         prompt_key, prompt_value = self.prompts[module.layer_idx]
-        q, P = scaling * query.view(*key.shape[:2], -1, key.shape[3]), prompt_key.shape[2]  # (rows, K, G, E)
+        q, P = scaling * query.float().view(*key.shape[:2], -1, key.shape[3]), prompt_key.shape[2]  # (rows, K, G, E)
         scores = torch.cat([self.with_prompts(q, prompt_key.mT) + self.bias, q @ key.mT], -1)
         if sliding_window is not None:  # all prompts end in column P - 1: the last columns are the last tokens
             scores[..., :-sliding_window] = -torch.inf
         weights = scores.softmax(-1)  # (rows, K, G, P + t)
         out = self.with_prompts(weights[..., :P], prompt_value) + weights[..., P:] @ value
-        return out.view(len(out), 1, -1, out.shape[-1]), None
+        return out.view(len(out), 1, -1, out.shape[-1]).to(query.dtype), None
 
     def with_prompts(self, x, y):
         """The product of every row's x with its prompt's y: (rows, K, G, a), (N, K, a, b) -> (rows, K, G, b)."""
         together = x.new_zeros(*y.shape[:2], self.most, *x.shape[2:])  # (N, K, most, G, a)
         together[self.owner, :, self.number] = x
         return (together.flatten(2, 3) @ y).unflatten(2, (self.most, -1))[self.owner, :, self.number]
+
+
+def plain(llm, cache: DynamicCache) -> bool:
+    """Whether all that a model remembers of a text are keys and values of every layer: no states, none of another's."""
+    config = llm.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ())  # others are, for example, chunks
+    layers = [type(layer) for layer in cache.layers]
+    plain = kinds <= {"full_attention", "sliding_attention"} and layers == [DynamicLayer] * config.num_hidden_layers
+    llm.remembers_keys = plain
+    return plain
+
+
+@torch.no_grad()
+def shareable(llm) -> bool:
+    """Whether a prompt's part in that can be computed once for all of its answers: seen on one token, once a model."""
+    if not hasattr(llm, "remembers_keys"):
+        cache, llm.answer_positions = DynamicCache(), torch.ones(1, 1, device=llm.device)
+        llm.get_decoder()(input_ids=torch.tensor([[0]], device=llm.device), past_key_values=cache, use_cache=True)
+        llm.answer_positions = None
+        plain(llm, cache)
+    return llm.remembers_keys
+
+
+def takes_attention(llm) -> bool:
+    """Whether the model calls a function for its attention that others may replace, now sdpa, on a CPU."""
+    # not on a GPU, where the model's own attention and a copy of the prompt for every row were not measured against it
+    replaceable = llm.config._attn_implementation == "sdpa" and type(llm)._can_set_attn_implementation()
+    return replaceable and llm.device.type == "cpu"
+
+
+@contextmanager
+def attending(llm, cache: AnswerCache):
+    """Inside the context the attention of the model, of no other, is `cache.attend`."""
+    before = llm.config._attn_implementation
+    AttentionInterface.register(ATTENTION, cache.attend)
+    llm.config._attn_implementation = ATTENTION
+    try:
+        yield
+    finally:
+        llm.config._attn_implementation = before
+        AttentionInterface.register(ATTENTION, sdpa_attention_forward)  # lets the cache go
 
 
 def batches(lengths: list[int], budget: int, prompts: list[list[int]] | None = None) -> list[list[int]]:
@@ -146,6 +187,46 @@ def starting_at(blocks, layer: int, h: torch.Tensor | None):
         handle.remove()
         for block in blocks[:layer]:
             del block.forward  # the class's own is visible again
+
+
+@contextmanager
+def recomputed(blocks):
+    """
+    Inside the context these layers keep only their input for the backward pass and are computed again there.
+
+    Memory for the activations of one layer instead of all; costs a second forward pass. Not reentrant: the reentrant
+    kind drops gradients where no input needs one, and here a layer's only trainable part is in a hook.
+    """
+    for block in blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward  # the class's own is visible again
+
+
+class ChosenLogps(torch.autograd.Function):
+    """
+    score(h), a number for each row of h, with its gradient computed at once: (rows, D) is kept, never the logits.
+
+    A row's log-prob depends on its own state alone, so one backward pass of their sum gives the gradients of all, and
+    the head runs forward and back once. With `checkpoint` it would run forward twice.
+    """
+
+    @staticmethod
+    def forward(ctx, h, score):
+        with torch.enable_grad():
+            x = h.detach().requires_grad_()
+            found = score(x)
+            (gradient,) = torch.autograd.grad(found.sum(), x)
+        ctx.save_for_backward(gradient)
+        return found.detach()
+
+    @staticmethod
+    def backward(ctx, grad):
+        (gradient,) = ctx.saved_tensors
+        return (grad[:, None] * gradient).to(gradient.dtype), None
 
 
 def read_together(llm, prompts, completions, layer=0, kept: list | None = None) -> torch.Tensor:

@@ -1,10 +1,10 @@
 """
 A training step of TRL's RLOOTrainer against train.py's, in turn, in one process, on the embedded model.
 
-$ pip install -r tests/requirements-bench.txt
-$ python tests/bench_trl.py --layer 27 --threads 1             # three rounds of two steps each
-$ python tests/bench_trl.py --layer 27 --steps 12 --threads 1  # long enough to reach a reward of 0.35
-$ python tests/bench_trl.py --layer 14 --steps 16 --goal 0.6 --threads 1
+$ pip install -r tests/bench/requirements.txt
+$ python tests/bench/with_trl.py --layer 27 --threads 1             # three rounds of two steps each
+$ python tests/bench/with_trl.py --layer 27 --steps 12 --threads 1  # long enough to reach a reward of 0.35
+$ python tests/bench/with_trl.py --layer 14 --steps 16 --goal 0.6 --threads 1
 
 The same problems in the same order, answers a problem, limit, rates with their warm-up, clipping, reward, threads. TRL
 trains the vector as a bias of mlp.down_proj, which is the same. A step: sampling, grading, training. Round i draws
@@ -24,11 +24,15 @@ import torch
 import tyro
 from transformers.utils import logging
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 import model  # noqa: E402
 import train  # noqa: E402
 from data.problems import problems_of  # noqa: E402
-from data.runs import lines_of, parse_layers  # noqa: E402
+from plumbing.files import (
+    TINY,  # noqa: E402
+    lines_of,
+)
+from plumbing.settings import parse_layers  # noqa: E402
 from rewards import grade  # noqa: E402
 
 
@@ -50,7 +54,7 @@ def trl_steps(args: Config, trl, seed: int) -> list[dict]:
     from transformers import TrainerCallback
 
     llm, tokenizer = model.load("tiny", device="cpu")
-    rows = problems_of(model.TINY / "train.jsonl").rows
+    rows = problems_of(TINY / "train.jsonl").rows
     prompts = [model.prompt_ids(tokenizer, row["problem"]) for row in rows[:16]]
     layers = parse_layers(args.layer, llm.config.num_hidden_layers)
     rates = train.learning_rates(train.Config(lr=0.06), model.residual_rms(llm, prompts, layers), {})
@@ -135,7 +139,7 @@ def main(args: Config) -> None:
     try:
         import trl
     except ImportError as error:
-        sys.exit(f"tests/bench_trl.py wants TRL ({error}): pip install -r tests/requirements-bench.txt")
+        sys.exit(f"tests/bench/with_trl.py wants TRL ({error}): pip install -r tests/bench/requirements.txt")
     logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning)
     if args.threads:

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from assignments_grade import Exercise
-from assignments_rl import drawn, texts
+from checks_rl import drawn, texts
 from conftest import random_llm
+from judge import Exercise
 
 # -------------------------------------------------------------------------------------------------------- 3.1 read_out
 
@@ -357,7 +357,7 @@ def rows_of_answers(seed):
 
 
 def gain_cases(fn, seed):
-    from data.estimate import Estimate
+    from evaluate import Estimate
 
     def run(parts, interval=True):
         found = fn(*parts)
@@ -548,7 +548,7 @@ EXERCISES = [
          crossing_at_the_whole),
     ),
     Exercise(
-        "3.9", "data.estimate.resamples", resample_cases, with_a_generator,
+        "3.9", "evaluate.resamples", resample_cases, with_a_generator,
         {
             "shape for 7 problems, 30 draws": [30, 7],
             "the same when asked again": True,

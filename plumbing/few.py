@@ -1,37 +1,17 @@
 """
-Vectors and LoRAs that may not go everywhere: orthogonal to given vectors, or made of a few trained numbers.
+Vectors and LoRAs that are made of a few trained numbers v by a fixed linear map, which is drawn from --seed.
 
-A few numbers v make what is added to the stream by a fixed linear map, drawn from --seed: `--numbers u` makes a vector
-s = P v, `--method tiny` (TinyLoRA, arXiv:2602.04118) the LoRAs of all layers from one v.
+`--numbers u` makes every vector from u numbers, s = P v. `--method tinylora` (TinyLoRA, arXiv:2602.04118) makes the
+LoRAs of all layers from one v.
 """
 
 import sys
-from pathlib import Path
 
 import torch
 from torch.nn.functional import normalize
 
 import model
-from data.parallel import rank
-
-
-def vectors_in(folder: str, llm) -> dict:
-    return model.load_vectors(Path(folder) / "vectors.safetensors", llm.config)[0]
-
-
-def earlier_directions(args, llm, places: list) -> dict:
-    """{place: (n, D) orthonormal rows that span the vectors which the runs of --orthogonal-to have there}."""
-    runs = {run: vectors_in(run, llm) for run in args.orthogonal_to}
-    found = {}
-    for place in places if runs else ():
-        for run, vectors in runs.items():
-            if place not in vectors:
-                sys.exit(f"--orthogonal-to {run}: that run has no vector at {place}")
-        stack = normalize(torch.stack([vectors[place] for vectors in runs.values()], 1).double(), dim=0)  # (D, n)
-        if torch.linalg.matrix_rank(stack, rtol=1e-4) < len(runs):  # QR would complete the basis by any axis
-            sys.exit(f"--orthogonal-to: the vectors of {', '.join(runs)} at {place} are zero or not independent")
-        found[place] = torch.linalg.qr(stack).Q.T.float().to(llm.device)
-    return found
+from plumbing.processes import rank
 
 
 class Few:
@@ -48,7 +28,7 @@ class Few:
     def __init__(self, made, run):
         args, llm = run.args, run.subject.llm
         self.made, self.steering, self.write = made, made.steering, made.write
-        draw, tiny = torch.Generator().manual_seed(args.seed), args.method == "tiny"
+        draw, tiny = torch.Generator().manual_seed(args.seed), args.method == "tinylora"
         if tiny:
             self.maps = tiny_lora(llm, made, args.numbers, draw)
             prompts = [run.subject.prompt(row) for row in run.rows[:16]]

@@ -1,11 +1,11 @@
 """
 Exercises: stubs, checks that name the slip, a student's functions in the real programs. ASSIGNMENTS.md lists them.
 
-$ python tests/assignments.py stubs 1.1 1.2 > student.py             # or 1: the whole first part
-$ python -m pytest tests/assignments.py --student student.py -k 1.1 --junitxml=grade.xml
-$ python -m pytest tests/assignments.py -k 1.1                        # after editing train.py itself
-$ python tests/assignments.py run student.py train.py --layer 27     # the student's functions in the real loop
-$ python tests/assignments.py reveal 7 claims.json                   # what organism 7 hid, against {"word": ..., ...}
+$ python tests/assignments/course.py stubs 1.1 1.2 > student.py             # or 1: the whole first part
+$ python -m pytest tests/assignments/course.py --student student.py -k 1.1 --junitxml=grade.xml
+$ python -m pytest tests/assignments/course.py -k 1.1                        # after editing train.py itself
+$ python tests/assignments/course.py run student.py train.py --layer 27     # the student's functions in the real loop
+$ python tests/assignments/course.py reveal 7 claims.json           # what organism 7 hid, against these claims
 
 --seed N draws other cases. A student's file is run in a process of its own, with a time limit; that process computes,
 and this one, which never runs the file, compares.
@@ -24,19 +24,20 @@ import sys
 import textwrap
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "data" / "tiny")]
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(HERE), str(ROOT / "data" / "tiny")]
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest  # noqa: E402
-from assignments_grade import judge, outputs  # noqa: E402
-from assignments_inside import EXERCISES as INSIDE  # noqa: E402
-from assignments_rl import EXERCISES as RL  # noqa: E402
-from assignments_steering import EXERCISES as STEERING  # noqa: E402
+from checks_inside import EXERCISES as INSIDE  # noqa: E402
+from checks_rl import EXERCISES as RL  # noqa: E402
+from checks_steering import EXERCISES as STEERING  # noqa: E402
+from judge import judge, outputs  # noqa: E402
 
 EXERCISES = {exercise.number: exercise for exercise in RL + STEERING + INSIDE}
 TO_IMPORT, TO_ANSWER = 240, 60  # seconds: torch and the file, and the cases of one exercise; much, for busy machines
-PROGRAMS = ("model", "rewards", "train", "evaluate", "analyze", "data.estimate", "data.parallel", "data.problems")
+PROGRAMS = ("model", "rewards", "train", "evaluate", "analyze", "data.problems", "plumbing.fast", "plumbing.processes")
 
 
 # --------------------------------------------------------------------------------------------------------------- stubs
@@ -213,7 +214,7 @@ def text_of(path: str) -> str:
 
 
 def keyed(function, student: str):
-    """data.runs.kept or keep, with the student's file in the key."""
+    """plumbing.files.kept or keep, with the student's file in the key."""
     return lambda path, key, *found: function(path, key | {"student": student}, *found)
 
 
@@ -221,7 +222,7 @@ def run(path: str, program: str, *args: str) -> None:
     """`python PROGRAM ARGS` with the student's functions; those that are still stubs stay the repository's."""
     import tyro
 
-    from data.runs import checksum, keep, kept
+    from plumbing.files import checksum, keep, kept
 
     if program not in ("train.py", "evaluate.py", "analyze.py"):
         sys.exit(f"run wants train.py, evaluate.py or analyze.py, got {program!r}")

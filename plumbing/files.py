@@ -1,0 +1,127 @@
+"""Files: where models are, files that are written whole or not at all, checksums, results that are kept."""
+
+import json
+import os
+import shutil
+import sys
+import zlib
+from contextlib import contextmanager
+from pathlib import Path
+
+from huggingface_hub import try_to_load_from_cache
+
+ROOT = Path(__file__).parent.parent
+TINY = ROOT / "data" / "tiny"  # the built-in model; --model tiny
+FAMILY = {name: TINY.with_name(name) for name in ("tiny", "tiny-instruct", "tiny-math")}  # and its relatives
+FAMILY |= {path.name: path for path in sorted(TINY.parent.glob("tiny-organism-*"))}  # pretrain.py --organism
+
+
+def is_gguf(name) -> bool:
+    return str(name).endswith(".gguf")
+
+
+def source_of(name: str):
+    """Where a model is: the folder of the built-in one or of a relative, a local folder or .gguf file, or a hub id."""
+    path = FAMILY.get(name, Path(name))
+    if name in FAMILY and not (path / "config.json").is_file():
+        kind = name.removeprefix("tiny-").replace("organism-", "organism ", 1)
+        kind = kind if kind.startswith("organism") else f"relative {kind}"
+        makes = f"`python data/tiny/pretrain.py --{kind}` makes it in minutes"
+        sys.exit(f"{name} is not in the repository: {makes}")
+    if path.is_dir() and not (path / "config.json").is_file():
+        files = "config.json, *.safetensors and the tokenizer's files; of a .gguf file give the path of the file itself"
+        sys.exit(f"no model in {path}: a model folder holds {files}")
+    if is_gguf(path) and not path.is_file():
+        sys.exit(f"no file {path}")
+    return path if path.is_dir() or is_gguf(path) else name
+
+
+@contextmanager
+def written(path):
+    """
+    Yield the path of a new file or folder, which takes the place of `path` when it is complete.
+
+    A stop in the middle leaves the old one whole. Makes the folder around it.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(path.name + ".tmp")
+    yield new
+    if new.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    new.replace(path)
+
+
+def write(path, text: str) -> None:
+    """A text file, whole or not at all."""
+    with written(path) as new:
+        new.write_text(text, encoding="utf-8")
+
+
+def append(path: Path, rows: list[dict]) -> None:
+    """Add rows to a jsonl file."""
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def lines_of(path: Path) -> list[dict]:
+    """The rows of a jsonl file, up to one that a kill or a full disk cut off; [] where there is no file."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").split("\n") if path.is_file() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def config_of(run) -> dict:
+    """config.json of a run folder: every setting that was used."""
+    path = Path(run) / "config.json"
+    if not path.is_file():
+        sys.exit(f"no run in {run}: a run folder of train.py holds config.json and vectors.safetensors or weights/")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def checksum(data: bytes) -> str:
+    return f"{zlib.crc32(data):08x}"
+
+
+def identity(vectors: dict) -> str:
+    """A checksum of vectors and their places; that of the base model is "none"."""
+    some = sorted(vectors.items(), key=str)
+    parts = [str(place).encode() + s.detach().float().cpu().numpy().tobytes() for place, s in some]
+    return checksum(b"".join(parts)) if parts else "none"
+
+
+def weights_digest(source: Path, size: int = 1 << 20) -> str:
+    """A checksum of a file or folder of weights: names, lengths, first and last bytes, without reading gigabytes."""
+    parts = []
+    for path in [source] if source.is_file() else sorted(source.glob("*.safetensors")):
+        with path.open("rb") as file:
+            start, length = file.read(size), file.seek(0, os.SEEK_END)
+            file.seek(max(0, length - size))
+            parts += [f"{path.name} {length}".encode(), start, file.read(size)]
+    return checksum(b"".join(parts))
+
+
+def base_checksum(name: str) -> str:
+    """What tells a model's weights from others: of local files a checksum, of a hub model its commit."""
+    source = source_of(name)
+    if isinstance(source, Path):
+        return weights_digest(source)
+    config = try_to_load_from_cache(source, "config.json")  # .../snapshots/COMMIT/config.json
+    return Path(config).parent.name if isinstance(config, str) else "unknown"
+
+
+def kept(path: Path, key: dict):
+    """What was written there for this key, or None. Of two keys that share a file's name the later one stays."""
+    saved = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return saved["found"] if saved.get("key") == json.loads(json.dumps(key)) else None
+
+
+def keep(path: Path, key: dict, found):
+    """Write what was found for a key; returns it as `kept` will: tuples become lists, keys become texts."""
+    text = json.dumps({"key": key, "found": found}, ensure_ascii=False)
+    write(path, text + "\n")
+    return json.loads(text)["found"]

@@ -1,0 +1,264 @@
+"""
+Settings: train.py's defaults for each model, its checks, the name of a run, and what a resumed run has to agree on.
+
+The authors' settings are one table in data/paper.json, by model and by the data that they trained it on.
+"""
+
+import json
+import sys
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import torch
+import tyro
+
+from data.problems import Problems, problems_of
+from plumbing.files import FAMILY, ROOT, config_of, lines_of, write
+
+T = TypeVar("T")
+# an option that is None unless it is given: its comment says what happens then, and --help adds no "(default: None)"
+Usual = Annotated[T | None, tyro.conf.arg(help_behavior_hint="")]
+
+# what a setting can be without changing any number that was computed: a resumed run or a kept result may have another
+CHANGE_NO_NUMBER = ("device", "sampler", "vllm_memory", "tensor_parallel", "rows", "out")
+
+
+def own_first(config):
+    """A dataclass of settings whose own fields stand before the inherited ones, in --help too."""
+    all_fields = config.__dataclass_fields__
+    config.__dataclass_fields__ = {name: all_fields[name] for name in [*config.__annotations__, *all_fields]}
+    return config
+
+
+def flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def at_least(args, **lows: int) -> None:
+    """Exit with one line where a setting, or one of several values of it, is below its least value."""
+    for name, low in lows.items():
+        value = getattr(args, name)
+        for one in value if isinstance(value, tuple) else [value]:
+            if one is not None and not one >= low:  # also where it is not a number
+                sys.exit(f"{flag(name)} wants at least {low}, got {one}")
+
+
+def check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**63:  # torch takes no more
+        sys.exit(f"--seed wants a whole number from 0 to 2^63 - 1, got {seed}")
+
+
+def check(args) -> None:
+    """Exit with one line for a setting of train.py that cannot work, before anything is loaded or written."""
+    at_least(args, steps=1, prompts=1, samples=2, max_tokens=1, warmup=1, rows=1, context=2, tensor_parallel=1)
+    at_least(args, micro_tokens=1, rank=1, numbers=1, eval_every=1, keep_every=1)
+    for name in ("temperature", "lr", "lr_absolute", "clip"):
+        value = getattr(args, name)
+        if value not in (None, "paper") and not 0 < value < 1e30:  # the numbers of the model are float32
+            sys.exit(f"{flag(name)} wants a number above 0 and below 1e30, got {value}")
+    check_seed(args.seed)
+    closed = {"lora": ("orthogonal_to", "numbers"), "full": ("site", "where", "orthogonal_to", "init", "numbers")}
+    for name in closed.get(args.method, ()):
+        if getattr(args, name) != getattr(type(args), name):
+            suits = "vector or tinylora" if name == "numbers" else "vector"
+            sys.exit(f"{flag(name)} goes with --method {suits}, not with {args.method}")
+    for name in ("orthogonal_to", "init") if args.numbers or args.method == "tinylora" else ():
+        if getattr(args, name):
+            sys.exit(f"{flag(name)} is for whole vectors, not for those made of a few numbers")
+    if not 0 < args.vllm_memory <= 1:
+        sys.exit(f"--vllm-memory wants a share of the GPU's memory between 0 and 1, got {args.vllm_memory}")
+    if args.weight_cap and not args.weight_cap >= 1:
+        sys.exit(f"--weight-cap wants at least 1, or 0 for no weights, got {args.weight_cap}")
+    if args.eval_every and not args.eval_problems:
+        sys.exit("--eval-every measures on the held-out problems: --eval-problems wants more than 0")
+    if args.method == "full" and args.lr == "paper":
+        sys.exit("--method full has its own rate: give --lr-absolute instead of --lr")
+    if args.method == "full" and args.tensor_parallel > 1:
+        sys.exit("--method full gives its weights to vLLM within one process only: --tensor-parallel wants 1")
+    if args.dtype == "float16":
+        sys.exit("--dtype float16: gradients divided by all tokens of a batch underflow; use bfloat16 or float32")
+
+
+def parse_layers(text: str, depth: int) -> list[int]:
+    """The layers of --layer: "27" -> [27]; "-1" -> [depth - 1]; "3,14" -> [3, 14]; "all" -> [0, ..., depth - 1]."""
+    if text == "all":
+        return list(range(depth))
+    try:
+        layers = [int(part) for part in text.split(",")]
+    except ValueError:
+        sys.exit(f"--layer wants a layer number, numbers joined by commas, or all; got {text!r}")
+    if outside := [layer for layer in layers if not -depth <= layer < depth]:
+        sys.exit(f"--layer {outside[0]}: this model has layers 0 to {depth - 1} (or -{depth} to -1 from the end)")
+    layers = [layer % depth for layer in layers]
+    if len(set(layers)) < len(layers):
+        sys.exit(f"--layer {text}: names a layer twice")
+    return sorted(layers)
+
+
+# ------------------------------------------------------------------------------------------------------------ defaults
+
+HELD_OUT = {  # problems for the comparison at the end, by what the model was trained on
+    "tiny": "data/tiny/test.jsonl",
+    "deepscaler": "data/math500.jsonl",
+    "math": "data/math500.jsonl",
+    "gsm8k": "data/gsm8k_test.jsonl",
+}
+
+
+def authors(model: str, recipe: str | None) -> dict:
+    """
+    How the authors trained a model: prompts, samples, context, epochs, "lr" (their Adam steps). If not, {"lr": {}}.
+
+    model: known by the last part of its name, so that a local copy is, too. recipe: deepscaler, gsm8k or math.
+    """
+    models = json.loads((ROOT / "data" / "paper.json").read_text(encoding="utf-8"))["authors"]["models"]
+    entry = next((entry for hub, entry in models.items() if Path(hub).name == Path(model).name), {})
+    return entry.get(recipe) or entry.get("deepscaler") or {"lr": {}}
+
+
+def authors_rate(args, layer: int) -> float | None:
+    """
+    The authors' Adam step under train.py's settings for a place in this layer; None where paper.json has none.
+
+    They trained one layer, or all of them together, which has a rate of its own; nothing between.
+    """
+    what = f"lora{args.rank}" if args.method == "lora" else "vector"
+    what += f" at {args.site}" * (args.site != "end")
+    where = "all layers" if args.layer == "all" else f"layer {layer}"
+    return None if "," in args.layer else authors(args.model, args.recipe)["lr"].get(f"{what}, {where}")
+
+
+def recipe(model: str, method: str = "vector", source: str | None = None) -> dict:
+    """
+    Defaults of train.py: the built-in model's, the authors' if they trained this model, else generic ones.
+
+    source: what the training problems say they are: "tiny" or "deepscaler", the usual ones, "gsm8k" or "math"; None for
+    problems of one's own, which are trained on as DeepScaleR is, and are not compared on others.
+    """
+    held_out = HELD_OUT.get(source)
+    found = dict(held_out=held_out if held_out and (ROOT / held_out).is_file() else None, epochs=1)
+    if model in FAMILY:
+        found |= dict(steps=40, prompts=16, samples=16, context=512, max_tokens=80, warmup=3, micro_tokens=4096)
+        known = {"lr": {"full": 3e-4}}
+        found["lr"] = 0.06
+    else:
+        known = authors(model, source)
+        found |= dict(prompts=128, samples=16, context=8192, micro_tokens=16384)
+        found |= {name: known[name] for name in ("prompts", "samples", "context", "epochs") if name in known}
+    if method == "tinylora":
+        found["numbers"] = 13  # arXiv:2602.04118
+    if method == "full":
+        return found | dict(lr_absolute=known["lr"].get("full", 1e-6), save_every=53)  # 53: the authors', 6 in a run
+    return found | dict(save_every=1)
+
+
+def with_defaults(args) -> tuple:
+    """(args with every default of the recipe filled in, the training problems, steps between states, epochs)."""
+    tiny = args.model in FAMILY
+    usual = "data/tiny/train.jsonl" if tiny else "data/deepscaler.jsonl"
+    if args.data is None and not (ROOT / usual).is_file():
+        way_out = "run `python data/prepare.py deepscaler math500`, or give --data FILE"
+        sys.exit(f"no problems at {usual}: {way_out}")
+    problems: Problems = problems_of(args.data or usual)
+    source = args.recipe or (problems.source if args.data else "tiny" if tiny else "deepscaler")
+    found = recipe(args.model, args.method, source)
+    if args.method == "full" and args.lr_absolute is None and not tiny:
+        known = "full" in authors(args.model, source)["lr"]
+        whose = "the authors' rate for this model" if known else "as usual; the authors' rate for it is not known"
+        print(f"all weights: {found['lr_absolute']:g} a step, {whose}")
+    save_every, epochs = found.pop("save_every"), found.pop("epochs")
+    found |= {"data": usual, "recipe": source}
+    args = replace(args, **{name: value for name, value in found.items() if getattr(args, name) is None})
+    return args, problems, save_every, epochs
+
+
+def with_rate(args, layers: list[int]):
+    """args with the learning rate filled in: the authors', or a share of RMS(h_l) that falls with --steps."""
+    if args.method == "full" or args.lr_absolute is not None:
+        return args
+    known = all(authors_rate(args, layer) for layer in layers)
+    if args.lr == "paper" and not known:
+        sys.exit(f"--lr paper: data/paper.json has no rate for these layers of {args.model!r}; leave --lr out")
+    return replace(args, lr=args.lr or ("paper" if known else 0.06 * min(1, (32 / args.steps) ** 0.5)))
+
+
+# ------------------------------------------------------------------------------------------------------ the run folder
+
+
+def unusual(config: dict) -> list[tuple[str, str]]:
+    """For every choice of a run that is not the usual one: (what its folder's name says, what a label says)."""
+    method, rank, numbers = config.get("method"), config.get("rank"), config.get("numbers") or 0
+    site, where, reward = config.get("site", "end"), config.get("where", "all"), config.get("reward", "verify")
+    earlier, found = len(config.get("orthogonal_to") or ()), []
+    if site != "end":
+        found.append((site, site))
+    if where != "all":
+        found.append((where, f"{where}s only"))
+    if method == "lora":
+        found.append((f"lora{rank}", f"LoRA of rank {rank}"))
+    if method == "tinylora":
+        found.append((f"tinylora{rank}", f"TinyLoRA of rank {rank}"))
+    if numbers:
+        found.append((f"numbers{numbers}", f"{numbers} number{'s' * (numbers > 1)}"))
+    if earlier:
+        found.append((f"orthogonal{earlier}", f"orthogonal to {earlier}"))
+    if reward != "verify":
+        found.append((f"reward-{reward}", f"{reward} reward"))
+    return found
+
+
+def name_of_run(args) -> str:
+    """The folder's name, from train.py's settings: MODEL-layerLAYER, and every choice that is not the usual one."""
+    what = "full" if args.method == "full" else f"layer{args.layer}"
+    return "-".join([Path(args.model).name.removesuffix(".gguf"), what, *(name for name, _ in unusual(vars(args)))])
+
+
+def label_of(config: dict) -> str:
+    """What the config says about a run's vectors: "27", "26, attention", "14, orthogonal to 2"."""
+    what = "all weights" if config.get("method") == "full" else str(config.get("layer", "?"))
+    return ", ".join([what, *(label for _, label in unusual(config))])
+
+
+def check_folder(folder: Path, settings: dict, resume: bool) -> None:
+    """Exit with one line where a run cannot start in this folder, or with `resume` cannot go on there."""
+    if not resume:
+        if (folder / "state.pt").exists():
+            ways = "add --resume to go on with it, name another --out, or delete the folder"
+            sys.exit(f"{folder} holds a run already: {ways}")
+        return
+    if not (folder / "state.pt").is_file():
+        ways = "start one without --resume, or name its folder with --out"
+        sys.exit(f"--resume: no run to go on with in {folder}; {ways}")
+    free = (*CHANGE_NO_NUMBER, "steps", "held_out", "eval_problems", "eval_every", "keep_every", "resume")
+    free += ("micro_tokens", "recompute", "read_once", "reuse")
+    saved = config_of(folder)
+    for name, value in json.loads(json.dumps(settings)).items():  # as the file has them: lists, not tuples
+        if name not in free and saved.get(name) != value:
+            had, ways = saved.get(name), f"give {flag(name)} as it was"
+            sys.exit(f"--resume: the run in {folder} has {name} = {had!r}, now it is {value!r}; {ways}")
+
+
+def begin(folder: Path, settings: dict, steps: int) -> None:
+    """Write config.json, and drop what was logged of steps that the saved state does not contain."""
+    settings = {name: value for name, value in settings.items() if name not in ("out", "resume")}
+    write(folder / "config.json", json.dumps(settings, indent=2) + "\n")
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        rows = [row for row in lines_of(folder / name) if row["step"] < steps]
+        write(folder / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+@contextmanager
+def told_how_to_go_on(run):
+    """Ctrl-C and a full memory end with one line."""
+    try:
+        yield
+    except (KeyboardInterrupt, torch.OutOfMemoryError) as error:
+        why = "stopped"
+        if isinstance(error, torch.OutOfMemoryError):
+            why = "out of memory: lower --micro-tokens (training), --samples or --max-tokens (sampling: all answers to "
+            why += "a prompt are decoded together) or --vllm-memory (vLLM's share)"
+        if (run.out / "state.pt").exists():
+            why += f"; the same command with --resume goes on from the last finished step in {run.out}"
+        sys.exit(why)
