@@ -19,7 +19,7 @@ import torch
 import analyze
 import model
 import train
-from data.export import export
+from plumbing.export import export
 
 LAYERS = (3, 14, 29)
 PROBLEMS = [
