@@ -234,7 +234,7 @@ def how_to_sample(run: Run, trained, step: int) -> dict:
     args, llm, lowest = run.args, run.subject.llm, model.lowest_trained(trained.steering)
     seeds = shard(model.prompt_seeds(args.seed * 1_000_003 + step, range(args.prompts)))
     size = memory.state_bytes(llm.config, llm.dtype.itemsize, len(seeds) * args.samples * args.context)
-    fits = size < memory.free(args.device) // 4
+    fits = size < memory.free(llm.device) // 4
     keep = lowest if lowest > 0 and (args.reuse == "yes" or (args.reuse == "auto" and fits)) else None
     return dict(temperature=args.temperature, seed=seeds, context=args.context, keep=keep)
 
