@@ -8,7 +8,6 @@ import torch
 from conftest import random_llm, write_gguf
 from transformers import AutoConfig
 
-import evaluate
 import model
 import train
 from plumbing import gguf_file
@@ -50,8 +49,8 @@ def test_the_round_trip(tiny_file, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     train.main(train.Config(
         model=str(tiny_file), layer="20", data="data/tiny/train.jsonl", held_out="data/tiny/test.jsonl", steps=1,
-        prompts=2, samples=4, max_tokens=8, eval_problems=2, device="cpu",
-    ))  # fmt: skip
+        prompts=2, samples=4, max_tokens=8, eval_problems=2,
+    ))  # fmt: skip; the device, too, is left to its default
     run = tmp_path / "out/small-layer20"
     assert json.loads((run / "config.json").read_text())["model"] == str(tiny_file)
     evaluate.main(evaluate.Config(str(run), data="data/tiny/test.jsonl", problems=2, device="cpu"))

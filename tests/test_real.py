@@ -15,11 +15,12 @@ import math
 
 import pytest
 import torch
-from data.export import export
 
 import analyze
 import model
 import train
+from plumbing import fast
+from plumbing.export import export
 
 LAYERS = (3, 14, 29)
 PROBLEMS = [
@@ -114,7 +115,7 @@ def test_log_probs_are_equal_on_every_path(real, exact, prompts):
                 logps, mask = model.token_logps(llm, rows, answers, share=share, states=kept)
             assert mask.sum(1).tolist() == [len(a) for a in answers]
             found[f"share {share}, states {kept is not None}"] = logps[mask]
-    with model.steer(llm, trained), train.checkpointed(llm, LAYERS[0]):
+    with model.steer(llm, trained), fast.recomputed(model.decoder_layers(llm)[LAYERS[0] + 1 :]):
         logps, mask = model.token_logps(llm, rows, answers)
         logps.sum().backward()
         found["recomputed"] = logps.detach()[mask]
@@ -190,7 +191,8 @@ def test_gradient_is_the_central_difference(exact, prompts):
 
     found = {}
     for recompute in (False, True):
-        sums = train.accumulate_gradient(llm, vectors, rolled, advantages, 1.0, 60, recompute=recompute)
+        how = {"recompute": "yes" if recompute else "no"}
+        sums = train.accumulate_gradient(llm, vectors, rolled, advantages, 1.0, 60, **how)
         found[recompute] = {layer: s.grad.clone() for layer, s in vectors.items()}
         for s in vectors.values():
             s.grad = None
