@@ -8,6 +8,7 @@ import torch
 from conftest import random_llm, write_gguf
 from transformers import AutoConfig
 
+import evaluate
 import model
 import train
 from plumbing import gguf_file
