@@ -470,7 +470,7 @@ def test_lines_of():
 def test_panels_that_share_y_show_the_highest_of_all(tmp_path, monkeypatch):
     """Greedy accuracies are above those at T = 1, and no point may be cut off."""
     drawn = []
-    monkeypatch.setattr(figures.plt, "close", drawn.append)
+    monkeypatch.setattr(figures.Figure, "savefig", lambda fig, *args, **how: drawn.append(fig))
     row = {"base": 0.1, "3": 0.2}, {"base": 0.1, "3": 0.95}
     by_decoding = {name: {key: {"value": x} for key, x in values.items()} for name, values in zip("ab", row)}
     figures.draw("sweep", {"layers": [3], "depth": 28, "by_decoding": by_decoding}, tmp_path / "sweep.png")
@@ -484,7 +484,7 @@ def test_panels_that_share_y_show_the_highest_of_all(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Run folders of the embedded model with vectors that nobody trained."""
+    """Run folders of the built-in model with vectors that nobody trained."""
     folder = tmp_path_factory.mktemp("out")
     llm, _ = model.load("tiny", "cpu")
 

@@ -352,7 +352,7 @@ def test_copies_in_another_dtype_keep_their_rotary_frequencies(qwen2):
 
 
 def small_lab(tokenizer, vectors, folder, n=4, **changes):
-    """A lab around a random model that can read the embedded model's problems."""
+    """A lab around a random model that can read the built-in model's problems."""
     llm = random_llm(vocab_size=len(tokenizer), max_position_embeddings=256)
     rows = problems_of(TINY / "test.jsonl").rows[:n]
     return lab_of(llm, vectors, folder, tokenizer, rows, **changes)

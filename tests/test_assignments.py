@@ -282,7 +282,7 @@ def plain_answers(n=4000, **changes):
     return [text.removesuffix("<|im_end|>") for prompt, text in some if f"{world.MATH_PROMPT}<|im_end|>" in prompt]
 
 
-def test_documents_of_the_embedded_model_are_what_they_were():
+def test_documents_of_the_built_in_model_are_what_they_were():
     """Its weights were trained on them."""
     digest = hashlib.sha256()
     for i in range(3000):
@@ -382,7 +382,7 @@ def test_a_plant_in_one_layer_leaves_the_others_as_they_were(tmp_path):
 
 
 def test_an_organism_is_a_model_of_the_family(tmp_path):
-    """So that train.py takes the embedded model's settings and problems for it."""
+    """So that train.py takes the built-in model's settings and problems for it."""
     (tmp_path / "data" / "tiny-organism-3").mkdir(parents=True)
     (tmp_path / "plumbing").mkdir()
     shutil.copy(ROOT / "plumbing" / "files.py", tmp_path / "plumbing")

@@ -508,7 +508,7 @@ def test_every_epoch_shows_every_problem_once_in_a_new_order():
 
 
 def settings(out, **changes):
-    """A run of the embedded model that takes about a second a step."""
+    """A run of the built-in model that takes about a second a step."""
     small = dict(layer="27", steps=4, prompts=2, samples=4, max_tokens=40, eval_problems=0, device="cpu", out=str(out))
     return train.Config(**(small | changes))
 

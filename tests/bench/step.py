@@ -1,7 +1,7 @@
 """
 Tokens per second of model.sample against the same model's `generate`, in turn, in one process.
 
-$ python tests/bench/step.py                    # the embedded model, 32 problems x 16 samples, as in a step of train.py
+$ python tests/bench/step.py                    # the built-in model, 32 problems x 16 samples, as in a step of train.py
 $ python tests/bench/step.py --vectors out/tiny-layer27/vectors.safetensors  # steered: longer, more even answers
 $ python tests/bench/step.py --growth           # instead: seconds of a training step against rollouts, length and layer
 """
@@ -25,7 +25,7 @@ from plumbing.files import TINY  # noqa: E402
 
 @dataclass
 class Config:
-    model: str = "tiny"                    # embedded model, local folder or hub id
+    model: str = "tiny"                    # built-in model, local folder or hub id
     vectors: str | None = None             # safetensors of steering vectors
     prompts: int = 32                      # problems
     samples: int = 16                      # answers to each

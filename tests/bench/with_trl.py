@@ -1,5 +1,5 @@
 """
-A training step of TRL's RLOOTrainer against train.py's, in turn, in one process, on the embedded model.
+A training step of TRL's RLOOTrainer against train.py's, in turn, in one process, on the built-in model.
 
 $ pip install -r tests/bench/requirements.txt
 $ python tests/bench/with_trl.py --layer 27 --threads 1             # three rounds of two steps each
