@@ -376,10 +376,8 @@ def places_of(args: Config, depth: int) -> list:
     site = "" if args.site == "end" else f".{args.site}"
     where = "" if args.where == "all" else f"@{args.where}"
     matrices = (".lora_A", ".lora_B") if args.method in ("lora", "tinylora") else ("",)
-    layers = parse_layers(args.layer, depth)
-    if not (site or where or any(matrices)):
-        return layers
-    return [f"{layer}{site}{matrix}{where}" for layer in layers for matrix in matrices]
+    places = [f"{layer}{site}{matrix}{where}" for layer in parse_layers(args.layer, depth) for matrix in matrices]
+    return [int(place) if place.isdigit() else place for place in places]
 
 
 def start_values(args: Config, llm, rms: dict) -> tuple[dict, dict]:

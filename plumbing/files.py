@@ -120,7 +120,7 @@ def kept(path: Path, key: dict):
 
 
 def keep(path: Path, key: dict, found):
-    """Write a result with its key; returns the result as `kept` will: tuples become lists, keys become texts."""
-    text = json.dumps({"key": key, "found": found}, ensure_ascii=False)
+    """Write a result with its key; returns it as `kept` will: lists for tuples, texts for keys, x.json() for x."""
+    text = json.dumps({"key": key, "found": found}, ensure_ascii=False, default=lambda x: x.json())
     write(path, text + "\n")
     return json.loads(text)["found"]

@@ -141,17 +141,17 @@ def recipe(model: str, method: str = "vector", source: str | None = None) -> dic
     found = dict(held_out=held_out if held_out and (ROOT / held_out).is_file() else None, epochs=1)
     if model in FAMILY:
         found |= dict(steps=40, prompts=16, samples=16, context=512, max_tokens=80, warmup=3, micro_tokens=4096)
-        known = {"lr": {"full": 3e-4}}
-        found["lr"] = 0.06
+        found["lr"], full_rate = 0.06, 3e-4
     else:
         known = authors(model, source)
         found |= dict(prompts=128, samples=16, context=8192, micro_tokens=16384)
         found |= {name: known[name] for name in ("prompts", "samples", "context", "epochs") if name in known}
+        full_rate = known["lr"].get("full", 1e-6)
     if method == "tinylora":
         found["numbers"] = 13  # arXiv:2602.04118
     if method == "full":
-        return found | dict(lr_absolute=known["lr"].get("full", 1e-6), save_every=53)  # 53 as the authors: 6 in a run
-    return found | dict(save_every=1)
+        found["lr_absolute"] = full_rate
+    return found | dict(save_every=53 if method == "full" else 1)  # 53 as the authors: 6 times in their runs
 
 
 def with_defaults(args) -> tuple:
