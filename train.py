@@ -135,14 +135,6 @@ def orthogonal(s: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
     return s - (s @ basis.T) @ basis
 
 
-def compare(sums: dict, logps: torch.Tensor, others: torch.Tensor, mask: torch.Tensor) -> None:
-    """Add up the differences between two computations of the same log-probs. All (B, C)."""
-    off = (logps.detach() - others).abs()[mask]
-    for name, x in (("compared", off.numel()), ("off", off.sum().item())):
-        sums[name] += x
-    sums["off_max"] = max(sums["off_max"], off.max().item())
-
-
 @timed("gradient")
 def accumulate_gradient(
     llm, vectors, rolled: model.Rollouts, advantages, temperature, budget, total_tokens=None, cap=2.0, **how
@@ -163,7 +155,10 @@ def accumulate_gradient(
         if rolled.logps is not None:
             sampled = [torch.tensor(rolled.logps[i], device=logps.device) for i in batch]
             sampled = pad_sequence(sampled, batch_first=True)
-            compare(sums, logps, sampled, mask)
+            off = (logps.detach() - sampled).abs()[mask]
+            sums["compared"] += off.numel()
+            sums["off"] += off.sum().item()
+            sums["off_max"] = max(sums["off_max"], off.max().item())
             if cap:
                 weights = importance_weights(logps, sampled, cap)
                 sums["clipped"] += (weights[mask] >= cap).sum().item()

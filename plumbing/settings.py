@@ -78,7 +78,7 @@ def check(args) -> None:
     if args.method == "full" and args.tensor_parallel > 1:
         sys.exit("--method full can give its weights to vLLM only inside one process: --tensor-parallel wants 1")
     if args.dtype == "float16":
-        sys.exit("--dtype float16: the small gradients underflow to 0; use bfloat16 or float32")
+        sys.exit("--dtype float16: gradients are small and would underflow to 0; use bfloat16 or float32")
 
 
 def parse_layers(text: str, depth: int) -> list[int]:
@@ -99,12 +99,9 @@ def parse_layers(text: str, depth: int) -> list[int]:
 
 # ------------------------------------------------------------------------------------------------------------ defaults
 
-HELD_OUT = {  # problems for the comparison at the end, by training data
-    "tiny": "data/tiny/test.jsonl",
-    "deepscaler": "data/math500.jsonl",
-    "math": "data/math500.jsonl",
-    "gsm8k": "data/gsm8k_test.jsonl",
-}
+# problems for the comparison at the end, by training data
+HELD_OUT = {"tiny": "data/tiny/test.jsonl", "gsm8k": "data/gsm8k_test.jsonl"}
+HELD_OUT |= dict.fromkeys(("deepscaler", "math"), "data/math500.jsonl")
 
 
 def authors(model: str, recipe: str | None) -> dict:

@@ -189,17 +189,8 @@ class VLLM:
         self.push(tensors)
         greedy = temperature == 0
         # all settings are given, or a model's generation_config.json may change them. Sample j has the seed plus j
-        how = dict(
-            n=1 if greedy else k,
-            temperature=temperature,
-            top_p=1.0,
-            top_k=0,
-            min_p=0.0,
-            repetition_penalty=1.0,
-            stop_token_ids=stop,
-            logprobs=0,
-            detokenize=False,
-        )
+        how = dict(temperature=temperature, top_p=1.0, top_k=0, min_p=0.0, repetition_penalty=1.0)
+        how |= dict(n=1 if greedy else k, stop_token_ids=stop, logprobs=0, detokenize=False)
         params = [SamplingParams(max_tokens=n, seed=s, **how) for n, s in zip(max_tokens, seeds, strict=True)]
         found = self.engine.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=bar is not None)
         rows = [row for request in found for row in request.outputs * (k if greedy else 1)]
