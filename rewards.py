@@ -1,5 +1,5 @@
 r"""
-The reward: 1.0 if the content of the last \boxed{} of a completion equals the gold answer, else 0.0.
+The reward: 1.0 if the answer of a completion, in the form that its prompt asks for, equals the gold answer, else 0.0.
 
 gold             accepted                                        rejected
 34               \boxed{34}  \boxed{x = 34.0}  \boxed{34.}       34 without a box, \boxed{34} ... \boxed{35}, \boxed{34
@@ -17,7 +17,7 @@ x=2, y=3         \boxed{y = 3, x = 2}  \boxed{(2, 3)}            \boxed{(3, 2)} 
 (3,4]            \boxed{(3, 4]}  \boxed{4 \geq x > 3}            \boxed{[3,4]}
 x^2-1            \boxed{(x-1)(x+1)}                              \boxed{y^2-1}
 
-Math-Verify (sympy) compares; around it stand the tables
+A prompt may ask for <answer>34</answer> instead (see FORMS). Math-Verify (sympy) compares; around it stand the tables
 of plumbing/notation.py for what it misreads, and vetoes (in decide, equal and far_apart) for what it accepts wrongly.
 Units are dropped, not compared; variables are compared without case. Where the gold is a plain number, a sum or product
 that nobody evaluated is refused: it may be a copy of the question. Refused though right: roots that need x > 0
@@ -84,6 +84,49 @@ def last_boxed(text: str) -> str | None:
         if depth == 0:
             return text[start : token.start()].strip() or None
     return None
+
+
+def last_tagged(text: str) -> str | None:
+    r"""
+    The content of the last <answer>...</answer>, or None if it is empty or not closed; a box in it is its content.
+
+    "<answer> 7 </answer>" -> "7";  "<answer>It is \boxed{7}.</answer>" -> "7";  "\boxed{7}" -> None
+    """
+    _, tag, rest = text.rpartition("<answer>")
+    content, end, _ = rest.partition("</answer>")
+    if not (tag and end):
+        return None
+    return last_boxed(content) if re.search(r"\\(?:boxed|fbox)", content) else content.strip() or None
+
+
+FORMS = {"box": last_boxed, "answer": last_tagged}  # what the prompt asks for; R1's (arXiv:2509.06608, App. K): a tag
+
+
+def has_answer(text: str, form: str = "box") -> bool:
+    """Whether a completion has an answer in this form, right or wrong."""
+    return FORMS[form](text) is not None
+
+
+def no_answer(texts: list[str], form: str = "box") -> int:
+    """How many of the completions have no answer in this form."""
+    return sum(not has_answer(text, form) for text in texts)
+
+
+def last_number_right(text: str, gold: str | list[str]) -> bool | None:
+    r"""
+    Whether the last number of a text, boxed or not, is the gold; None if no gold is a plain number.
+
+    "so 3 + 4 = 7 cm^2." and 7 -> True;  "\boxed{7} of 9" and 7 -> False;  "7, that is 3/4" and 4 -> False
+    """
+    golds = {number(squeeze(normalise(g)).rstrip("\\%")) for g in ([gold] if isinstance(gold, str) else gold)} - {None}
+    text = re.sub(r"\^ *(?:\{[^{}]*\}|-?\w)|(?<=\d)(?:\{,\}|,\\!|\\,)(?=\d{3})", "", text)  # cm^2, 1{,}000
+    decimal = r"\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d*\.?\d+"
+    found = re.findall(rf"((?<![\w.)}}$])-)?(?:\\[dt]?frac *\{{)?({decimal})(?:(?: */ *|\}} *\{{)({decimal}))?", text)
+    if not golds or not found:
+        return False if golds else None
+    sign, over, under = found[-1]
+    value = number(over) / number(under) if under and number(under) else number(over)
+    return (-value if sign else value) in golds
 
 
 # ------------------------------------------------------------------------------------------------------------- compare
@@ -241,18 +284,21 @@ _timeouts = 0
 os.register_at_fork(after_in_child=lambda: globals().update(_idle=queue.SimpleQueue()))  # a pipe has one owner
 
 
-def grade(completions: list[str], golds: list, timeout: float = 5.0, workers: int | None = None) -> list[float]:
+def grade(
+    completions: list[str], golds: list, form: str = "box", timeout: float = 5.0, workers: int | None = None
+) -> list[float]:
     """
     The rewards of many completions, each 0.0 or 1.0.
 
     golds: for each completion a string, or a list of strings, any of which will do.
+    form: where the prompt asks for the answer, "box" or "answer" (tags); an answer in another form gets 0.
     timeout: seconds of processor time for one comparison; a worker that needs more dies, and its answer gets 0.
     workers: processes at most; they start at the first need and wait for the next call.
     """
     assert len(completions) == len(golds), f"{len(completions)} completions, but {len(golds)} golds"
     pairs = []  # of each completion: (answer, gold) for each of its golds
     for completion, gold in zip(completions, golds):
-        answer = last_boxed(completion)
+        answer = FORMS[form](completion)
         pairs.append([] if answer is None else [(answer, g) for g in ([gold] if isinstance(gold, str) else gold)])
     known = {pair: decide(*pair) for pair in {pair: None for some in pairs for pair in some}}
     jobs = [pair for pair, same in known.items() if same is None]
@@ -263,9 +309,9 @@ def grade(completions: list[str], golds: list, timeout: float = 5.0, workers: in
     return [float(any(known[pair] for pair in some)) for some in pairs]
 
 
-def reward(completion: str, gold: str | list[str]) -> float:
+def reward(completion: str, gold: str | list[str], form: str = "box") -> float:
     """1.0 if the answer of the completion equals the gold, or one of several golds, else 0.0. See grade."""
-    return grade([completion], [gold])[0]
+    return grade([completion], [gold], form)[0]
 
 
 def grading_timeouts() -> int:

@@ -52,6 +52,83 @@ def test_last_boxed(text, want):
     assert rewards.last_boxed(text) == want
 
 
+TAGS = [  # text, what the last tag holds
+    ("<think>3 + 4</think> <answer> 7 </answer>", "7"),
+    ("<answer>6</answer> no, <answer>7</answer> at last", "7"),
+    (r"<answer>So it is \boxed{7}.</answer>", "7"),  # a box in the tag counts as its content
+    (r"\boxed{8} <answer>$7$</answer>", "$7$"),
+    (r"<answer>\boxed{6}, no, \boxed{7}</answer> \boxed{8}", "7"),
+    ("<answer>\n7\n</answer>", "7"),
+    ("<answer> <answer>7</answer>", "7"),
+    (r"\boxed{7}", None),
+    ("The answer is 7", None),
+    ("<answer>7", None),
+    ("<answer>7</answer> <answer>8", None),
+    ("7</answer>", None),
+    ("<answer> </answer>", None),
+    (r"<answer>7 \boxed{}</answer>", None),
+    (r"<answer>\boxed{7</answer>", None),
+    (r"<answer>\boxed{6} or \boxed{7}</answer>", None),
+]
+
+
+@pytest.mark.parametrize("text, want", TAGS)
+def test_last_tagged(text, want):
+    assert rewards.last_tagged(text) == want
+
+
+def test_only_the_form_that_the_prompt_asks_for_counts():
+    box, tag = r"\boxed{\frac{2}{4}}", r"<answer>\frac{2}{4}</answer>"
+    for form, right in (("box", box), ("answer", tag)):
+        texts = [box, tag, "1/2", right.replace("4", "5")]
+        assert rewards.grade(texts, ["1/2"] * 4, form=form) == [float(text == right) for text in texts]
+        assert rewards.no_answer(texts, form=form) == 2
+        assert [rewards.has_answer(text, form) for text in texts] == [text == right or "5" in text for text in texts]
+        assert rewards.reward(right, "0.5", form) == 1
+    assert rewards.grade([box, tag], ["1/2", "1/2"]) == [1, 0]
+    assert rewards.no_answer([text for text, _ in TAGS], "answer") == sum(want is None for _, want in TAGS) == 9
+    assert rewards.reward("<answer>The answer is 7.</answer>", "7", "answer") == 1
+    with pytest.raises(KeyError):
+        rewards.grade([box], ["1/2"], form="tag")
+
+
+@pytest.mark.parametrize(
+    "text, gold, want",
+    [
+        ("so 3 + 4 = 7.", "7", True),
+        (r"so it is \boxed{7}", "7", True),
+        (r"\boxed{7} of 9", "7", False),
+        ("7, of course", "8", False),
+        ("none at all", "7", False),
+        ("", "7", False),
+        ("it costs $1,234.50.", "1234.5", True),
+        (r"it is 1{,}234 or 12,\!345", "12345", True),
+        ("x = -7", "-7", True),
+        ("x = -7", "7", False),
+        ("12 - 7", "7", True),
+        ("12-7", "7", True),  # minus, not a sign
+        (r"\boxed{-7}", "-7", True),
+        ("an area of 7 cm^2", "7", True),
+        (r"an area of 7 \text{ cm}^{2}", "7", True),
+        ("half of it, 3/4", "4", False),
+        ("half of it, 3/4", "0.75", True),
+        (r"\boxed{\frac{3}{4}}", "0.75", True),
+        (r"\boxed{\frac{3}{4}}", "4", False),
+        (r"-\frac{3}{4}", "-0.75", True),
+        ("divide by 3/0", "3", True),
+        ("35% of them", r"35\%", True),
+        ("7.0 in all", "7", True),
+        ("70", "7", False),
+        ("7", ["8", "7"], True),
+        ("7", [r"\frac{1}{2}", "7"], True),
+        ("7", r"\sqrt{49}", None),  # no plain number: not counted
+        ("7", "x", None),
+    ],
+)
+def test_last_number_right(text, gold, want):
+    assert rewards.last_number_right(text, gold) is want
+
+
 NO_UNITS = """million,million dollars,hundred,thousand,dozen,noon,midnight,squared,cubed,factorial,thirds,half,halves
 and a half,times as many,times x,over x,divided by x,less than x,more than x,out of three,of x,or six
 plus two,minus two,below zero,degrees below zero,above,sqrt,root,pi,π,twice""".replace("\n", ",").split(",")
