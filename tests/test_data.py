@@ -380,6 +380,16 @@ def test_rows_without_a_gold_are_left_out(tmp_path, capsys):
     assert "rows without a gold, left out: 2, [2, 3]\n" in capsys.readouterr().out
 
 
+def test_golds_that_are_no_answers_are_left_out(tmp_path, capsys):
+    golds = ["proof", "7", "Notfound", r"\text{proof}", "$not found$", "waterproof", ["proof", "8"], "a proof: 3"]
+    rows = [{"problem": f"Problem {i}?", "answer": gold} for i, gold in enumerate(golds)]
+    run(tmp_path, "deepscaler", source=write_jsonl(tmp_path / "rows.jsonl", rows))
+    assert [row["answer"] for row in read(tmp_path, "deepscaler")] == ["7", "waterproof", "8", "a proof: 3"]
+    printed = capsys.readouterr().out
+    assert "rows whose gold is no answer (proof, notfound), left out: 4, [1, 3, 4, 5]\n" in printed
+    assert "rows without a gold, left out: 0\n" in printed
+
+
 TRAINING = [
     {"problem": "Compute $2+3$.", "answer": "5"},
     {"problem": "Compute $4+5$.", "answer": "9"},
