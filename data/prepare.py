@@ -47,6 +47,7 @@ SOURCES = {  # name: (hub id, configs, split, field of the problem, field of the
     "deepscaler": ("agentica-org/DeepScaleR-Preview-Dataset", [None], "train", "problem", "answer", [40315]),
     "open-s1": ("knoveleng/open-s1", [None], "train", "problem", "solution", [18615]),  # rows: its dataset card
 }
+SAMPLES = {"aime24": 32, "aime25": 32, "amc23": 32, "gsm8k_test": 8}  # answers to a problem; else 1 (P4 Sec. 2, B)
 BENCHMARKS = list(SOURCES)[:7]  # they come first, so that `all` can compare the training sets with them
 REVISIONS = {  # commits that public code, named or not, pins beside these ids; not looked up at the hub itself
     "HuggingFaceH4/aime_2024": "2fe88a2f1091d5048c0f36abc874fb997b3dd99a",  # aethercompute/aether-rl taskset.py
@@ -239,9 +240,9 @@ def prepare(name: str, args: Config) -> None:
             unanswered.append(number)
         elif cleaned:
             cleaned = [gold for gold in cleaned if not NO_ANSWER.fullmatch(gold)]
-            rows.append(
-                {"id": f"{name}-{number}", "problem": problem, "answer": cleaned if len(cleaned) > 1 else cleaned[0]}
-            )
+            gold = cleaned if len(cleaned) > 1 else cleaned[0]
+            about = {"source": name} | ({"samples": SAMPLES[name]} if name in SAMPLES else {})
+            rows.append({"id": f"{name}-{number}", "problem": problem, "answer": gold} | about)
         else:
             without.append(number)
     if not rows:
