@@ -58,7 +58,7 @@ class Config(model.Asking):
 @cache
 def grader() -> str:
     """A checksum of what decides between right and wrong."""
-    code = [Path(rewards.__file__).with_name(name).read_bytes() for name in ("rewards.py", "plumbing/notation.py")]
+    code = [(Path(rewards.__file__).parent / name).read_bytes() for name in ("rewards.py", "plumbing/notation.py")]
     return checksum(b"".join(code) + version("math-verify").encode())
 
 
