@@ -238,15 +238,15 @@ def steer(llm, vectors: dict):
 def _add(llm, where, s, B, module, args, h):
     """h + s, or with a LoRA's A as s and its B: h + B A x. h: (B, T, D), x: (B, T, F)."""
     if B is None:
-        step = s.to(h.dtype)  # s itself stays fp32: small Adam steps vanish in bf16
+        added = s.to(h.dtype)  # s itself stays fp32: small Adam steps vanish in bf16
     else:
-        step = (args[0] @ s.to(h.dtype).T) @ B.to(h.dtype).T
+        added = (args[0] @ s.to(h.dtype).T) @ B.to(h.dtype).T
     if where == "answer":  # (B, T), True there, or (1, 1) while an answer is decoded
         mask = getattr(llm, "answer_positions", None)
         known = mask is not None and mask.shape in (h.shape[:2], (1, 1))
         assert known, "@answer works in model.sample and model.read only"
-        step = step * mask.to(h.dtype)[..., None]
-    return h + step  # not +=, another hook may hold h
+        added = added * mask.to(h.dtype)[..., None]
+    return h + added  # not +=, another hook may hold h
 
 
 @torch.no_grad()

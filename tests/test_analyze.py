@@ -33,6 +33,11 @@ def vector(seed, width=32, size=0.5):
     return size * torch.randn(width, generator=torch.Generator().manual_seed(seed))
 
 
+def as_json(found):
+    """Numbers as in a JSON file."""
+    return json.loads(json.dumps(found, default=Estimate.json))
+
+
 class Subject:
     """Stands for model.Subject around a random model."""
 
@@ -300,7 +305,7 @@ def test_pair_gain():
     assert share.interval[0] < 0.5 < share.interval[1]
     # the better of the two singles counts, whichever it is
     other = analyze.pair_gain(accuracy(50, 100), accuracy(40, 100), accuracy(20, 100), accuracy(60, 100))
-    assert analyze.as_json(other) == analyze.as_json(gain)
+    assert as_json(other) == as_json(gain)
     same = analyze.pair_gain(accuracy(60, 100), accuracy(20, 100), accuracy(40, 100), accuracy(60, 100))
     assert same["cross"] and same["share"].interval == (1, 1)  # resampled together: one and the same in every draw
     worse = analyze.pair_gain(accuracy(30, 100), accuracy(20, 100), accuracy(40, 100), accuracy(60, 100))
@@ -420,7 +425,7 @@ def test_case_in_both_forms(layer, block, tokenizer, tmp_path, texts):
     """s at the end of its layer, and after the attention of the next block, of the last one for the last layer."""
     llm, s = random_llm(), vector(0)
     lab = lab_of(llm, [{layer: s}], tmp_path, tokenizer)
-    doc = analyze.as_json(analyze.case(lab))
+    doc = as_json(analyze.case(lab))
     models = {"At its own place": biased(llm, layer, "mlp.down_proj", s)}
     models[f"After the attention of layer {block}"] = biased(llm, block, "self_attn.o_proj", s)
     assert doc["forms"] == list(models)
@@ -450,7 +455,7 @@ def test_case_in_both_forms(layer, block, tokenizer, tmp_path, texts):
 @pytest.mark.parametrize("places", [{"1.attention": 32}, {0: 32, 1: 32}, {"1@answer": 32}])
 def test_case_of_other_runs_has_the_own_place_alone(places, qwen2, tokenizer, tmp_path, texts):
     vectors = {place: vector(0, n) for place, n in places.items()}
-    doc = analyze.as_json(analyze.case(lab_of(qwen2, [vectors], tmp_path, tokenizer)))
+    doc = as_json(analyze.case(lab_of(qwen2, [vectors], tmp_path, tokenizer)))
     assert doc["forms"] == ["At its own place"] and "P4 Fig. 6's form" in doc["reading"]
     figures.draw("case", doc, tmp_path / "case.png")
 
