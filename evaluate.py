@@ -27,10 +27,9 @@ import torch
 import tyro
 
 import model
-import rewards
 from data.problems import PAPERS, Problems, benchmarks, problems_of, prompt_ids
 from model import Subject
-from plumbing.files import FAMILY, TINY, checksum, config_of, identity, keep, kept, lines_of, write
+from plumbing.files import FAMILY, ROOT, TINY, checksum, config_of, identity, keep, kept, lines_of, write
 from plumbing.settings import Usual, at_least, own_first
 from rewards import grade
 
@@ -58,7 +57,7 @@ class Config(model.Asking):
 @cache
 def grader() -> str:
     """A checksum of what decides between right and wrong."""
-    code = [Path(rewards.__file__).with_name(name).read_bytes() for name in ("rewards.py", "plumbing/notation.py")]
+    code = [(ROOT / name).read_bytes() for name in ("rewards.py", "plumbing/notation.py")]
     return checksum(b"".join(code) + version("math-verify").encode())
 
 
