@@ -161,7 +161,7 @@ class Lab:
         for problems in self.sets:
             k = (self.args.samples or problems.samples) if temperature else 1  # greedy: one answer says all
             by_seed = [right(problems, k, seed) for seed in (self.seeds if temperature else (0,))]
-            parts.append(Estimate.of([sum(samples, []) for samples in zip(*by_seed)]))
+            parts.append(Estimate.rate([sum(samples, []) for samples in zip(*by_seed)]))
         return parts[0] if len(parts) == 1 else Estimate.mean(parts)
 
     def accuracy(self, vectors: dict, label: str, temperature=None, prefix="", subject=None) -> Estimate:
