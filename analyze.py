@@ -976,7 +976,7 @@ def under(lab: Lab, name: str, way, vectors: dict) -> Estimate:
 
         # texts, not grades: a mended grader grades them again
         texts = lab.once(f"accuracy {name}, {problems.name}, seed {seed}", vectors, ask)
-        flat = grade(texts, [row["answer"] for row in problems.rows for _ in range(k)])
+        flat = grade(texts, [row["answer"] for row in problems.rows for _ in range(k)], lab.subject.form)
         return [flat[i : i + k] for i in range(0, len(flat), k)]
 
     return lab.over_sets(right, T)

@@ -68,9 +68,9 @@ def answers(
     Answer every problem k times (greedily once) with the steered model, {} for the base, and grade: lists by problem.
 
     {"correct": [problem][sample] rewards, "completions": texts, "ended": False where cut off, "lengths": tokens,
-    "prompt_ids", "completion_ids", "seconds", "grader"}. Kept answers are reused: 300 asked for are the first 300 of
-    1,000 kept ones, and to 300 kept ones 700 are added, because a problem's answers depend on its own seed alone.
-    Answers that another grader graded are graded again, not sampled again.
+    "prompt_ids", "completion_ids", "seconds", "grader", "form": in which the prompts asked for the answers}.
+    Kept answers are reused: 300 asked for are the first 300 of 1,000 kept ones, and to 300 kept ones 700 are added,
+    because a problem's answers depend on its own seed alone. Answers that another grader graded are graded again.
     """
     k, seed = (k, seed) if temperature else (1, 0)
     key = subject.key | {"vectors": identity(vectors), "data": problems.checksum, "prefix": prefix}
@@ -79,9 +79,11 @@ def answers(
     found = kept(subject.folder / name, key) or {}
     done, n = len(found.get("correct", [])), len(problems.rows)
     graders = found.setdefault("grader", [""] * done)
+    if done and "form" not in found:  # answers of an earlier version
+        found["form"] = [subject.form] * done
     if stale := [i for i in range(min(done, n)) if graders[i] != grader()]:
         texts, golds = zip(*((text, problems.rows[i]["answer"]) for i in stale for text in found["completions"][i]))
-        again = grade(texts, golds)
+        again = grade(texts, golds, found["form"][0])
         for place, i in enumerate(stale):
             found["correct"][i], graders[i] = again[place * k : place * k + k], grader()
         keep(subject.folder / name, key, found)
@@ -91,15 +93,15 @@ def answers(
         rolled = subject.rollouts(vectors, rows, k, temperature=temperature, seed=seeds, prefix=prefix, bar=bar)
         seconds = time.perf_counter() - began
         by_row = {
-            "correct": grade(rolled.texts, [row["answer"] for row in rows for _ in range(k)]),
+            "correct": grade(rolled.texts, [row["answer"] for row in rows for _ in range(k)], subject.form),
             "completions": rolled.texts,
             "ended": rolled.ended,
             "lengths": [len(c) for c in rolled.completions],
             "completion_ids": rolled.completions,
         }
         new = {what: [flat[i : i + k] for i in range(0, len(flat), k)] for what, flat in by_row.items()}
-        new |= {"seconds": [seconds / len(rows)] * len(rows), "grader": [grader()] * len(rows)}
-        new |= {"prompt_ids": rolled.prompts[::k]}
+        each = {"seconds": seconds / len(rows), "grader": grader(), "form": subject.form}
+        new |= {what: [x] * len(rows) for what, x in each.items()} | {"prompt_ids": rolled.prompts[::k]}
         found = keep(subject.folder / name, key, {what: found.get(what, []) + part for what, part in new.items()})
     return {what: part[:n] for what, part in found.items()}
 

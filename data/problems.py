@@ -72,6 +72,11 @@ def benchmarks(names: tuple[str, ...]) -> list[Problems]:
     return [problems_of(path) for path in files]
 
 
+def template_of(tokenizer, template: str | None = None) -> str:
+    """The template that is used where `template` is asked for: without any, native if there is a chat, else r1."""
+    return template or ("native" if tokenizer.chat_template else "r1")
+
+
 def prompt_ids(tokenizer, problem: str, system: str | None = None, template: str | None = None) -> list[int]:
     """
     Token ids of the prompt, ending where the answer starts, with one BOS in front, or none where the model wants none.
@@ -80,7 +85,7 @@ def prompt_ids(tokenizer, problem: str, system: str | None = None, template: str
     "r1" (plain text, for base models that know no chat); default native where there is a chat template, else r1.
     system: system message of native and qwen-math, default MATH_PROMPT; "" leaves it out (a template may have its own).
     """
-    template = template or ("native" if tokenizer.chat_template else "r1")
+    template = template_of(tokenizer, template)
     system = MATH_PROMPT if system is None else system
     if template == "native":
         if tokenizer.chat_template is None:

@@ -36,7 +36,7 @@ def vector(seed, width=32, size=0.5):
 class Subject:
     """Stands for model.Subject around a random model."""
 
-    name, system, template, sampler = "random", None, None, "hf"
+    name, system, template, form, sampler = "random", None, None, "box", "hf"
 
     def __init__(self, llm, tokenizer, folder):
         self.llm, self.tokenizer, self.folder = llm, tokenizer, folder

@@ -133,7 +133,8 @@ def test_a_mended_grader_grades_kept_answers_again_and_samples_none(run, monkeyp
     problems = problems_of(ROOT / "data/tiny/test.jsonl").first(3)
     before = evaluate.answers(subject, {}, problems, 2, 1.0, prefix="To")
     monkeypatch.setattr(evaluate, "grader", lambda: "another")
-    monkeypatch.setattr(evaluate, "grade", lambda texts, golds: [f"{gold}: {text}" for text, gold in zip(texts, golds)])
+    names = lambda texts, golds, form: [f"{gold}: {text}" for text, gold in zip(texts, golds)]  # noqa: E731
+    monkeypatch.setattr(evaluate, "grade", names)
     monkeypatch.setattr(model.Subject, "rollouts", None)  # nothing may be sampled
     after = evaluate.answers(subject, {}, problems.first(2), 2, 1.0, prefix="To")
     expected = [
@@ -145,6 +146,27 @@ def test_a_mended_grader_grades_kept_answers_again_and_samples_none(run, monkeyp
     assert found["grader"] == ["another"] * 2 + before["grader"][2:] and before["grader"][2] != "another"
     monkeypatch.setattr(evaluate, "grade", None)  # once is enough
     assert evaluate.answers(subject, {}, problems.first(2), 2, 1.0, prefix="To") == after
+
+
+def test_under_r1_the_answer_is_the_content_of_a_tag(run, monkeypatch):
+    """A right and a wrong answer in the asked form, then a right one in a box: 1, 0, 0; under native 0, 0, 1."""
+    said = ["9 - 2 = 7 </think> <answer> 7 </answer>", "</think> <answer>8</answer>", "It is \\boxed{7}."]
+    rows = [{"problem": f"{i}?", "answer": "7", "line": i} for i in range(3)]
+    problems = problem_files.Problems("sevens", rows, "0")
+
+    def rollouts(self, vectors, rows, k, **how):
+        return model.Rollouts([[1]] * 3, [[2]] * 3, [True] * 3, said, None)
+
+    monkeypatch.setattr(model.Subject, "rollouts", rollouts)
+    for template, right in (("r1", [[1], [0], [0]]), ("native", [[0], [0], [1]])):
+        subject = model.Subject(name="tiny", device="cpu", template=template)
+        found = evaluate.answers(subject, {}, problems)
+        assert found["correct"] == right and set(found["form"]) == {subject.form}
+        with monkeypatch.context() as changed:
+            changed.setattr(evaluate, "grader", lambda: "another")
+            assert evaluate.answers(subject, {}, problems)["correct"] == right  # graded again
+    subject.tokenizer.chat_template, subject.template = None, None  # a base model, which knows no chat
+    assert subject.form == "answer"
 
 
 def test_small_benchmarks_have_a_mean_and_checkpoints_are_chosen_fairly(tmp_path, capsys):
