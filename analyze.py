@@ -167,7 +167,7 @@ class Lab:
         for problems in self.sets:
             k = (self.args.samples or problems.samples) if temperature else 1  # greedy answers are all the same
             by_seed = [right(problems, k, seed) for seed in (self.seeds if temperature else (0,))]
-            parts.append(Estimate.of([sum(samples, []) for samples in zip(*by_seed)]))
+            parts.append(Estimate.rate([sum(samples, []) for samples in zip(*by_seed)]))
         return parts[0] if len(parts) == 1 else Estimate.mean(parts)
 
     def accuracy(self, vectors: dict, label: str, temperature=None, prefix="", subject=None) -> Estimate:
@@ -977,7 +977,7 @@ def under(lab: Lab, name: str, way, vectors: dict) -> Estimate:
 
         # texts are kept, not grades, so that a corrected grader can grade them again
         texts = lab.once(f"accuracy {name}, {problems.name}, seed {seed}", vectors, ask)
-        flat = grade(texts, [row["answer"] for row in problems.rows for _ in range(k)])
+        flat = grade(texts, [row["answer"] for row in problems.rows for _ in range(k)], lab.subject.form)
         return [flat[i : i + k] for i in range(0, len(flat), k)]
 
     return lab.over_sets(right, T)

@@ -38,7 +38,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCa
 from transformers.cache_utils import DynamicCache
 from transformers.utils import logging
 
-from data.problems import prompt_ids
+from data.problems import prompt_ids, template_of
 from plumbing import fast, gguf_file, memory
 from plumbing.fast import batches
 from plumbing.files import FAMILY, base_checksum, is_gguf, source_of, written
@@ -610,6 +610,12 @@ class Subject(Asking):
             if self.started is not None:
                 self.started.push_weights(llm)
         return llm
+
+    @property
+    def form(self) -> str:
+        """Where the prompt asks for the answer, one of rewards.FORMS: r1 asks for a tag, the others for a box."""
+        template = self.template or template_of(self.tokenizer)
+        return "answer" if template == "r1" else "box"
 
     def swap(self, name: str) -> None:
         """Take the weights of another model of the same shape (a run's of --method full) when they are next needed."""
