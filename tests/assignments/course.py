@@ -201,9 +201,7 @@ def reveal(number: str, path: str | None = None) -> bool:
         sys.exit(f"reveal wants the number of an organism, got {number!r}")
     file = world.truth_file(int(number))
     if not file.is_file():
-        sys.exit(
-            f"no truth about organism {number} at {file}: `python data/tiny/pretrain.py --organism {number}` makes it"
-        )
+        sys.exit(f"the truth about organism {number} is not here ({file}): whoever made the organism has it")
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     print(f"sha256 of the truth: {digest}")
     promised = ROOT / "data" / f"tiny-organism-{number}" / "truth.sha256"
@@ -211,7 +209,7 @@ def reveal(number: str, path: str | None = None) -> bool:
         sys.exit(f"{promised} has another checksum: this truth is not the one that the organism was made with")
     if path is None:
         return True
-    truth = world.uncover(file)
+    truth = world.uncover(file, world.password())
     planted = {"word": truth.word, "position": truth.line, "flaw": truth.flaw, "layer": truth.layer}
     try:
         claims = json.loads(text_of(path))
@@ -219,7 +217,7 @@ def reveal(number: str, path: str | None = None) -> bool:
         sys.exit(f"{path} is not JSON: {error}")
     if not isinstance(claims, dict) or not claims.keys() <= planted.keys():
         sys.exit(f"{path}: wanted an object with some of {', '.join(planted)}; got {json.dumps(claims):.80}")
-    right = {name: claims[name] == planted[name] for name in claims}
+    right = {name: str(claims[name]) == str(planted[name]) for name in claims}  # "1" is 1
     for name in claims:
         print(f"{name:10} claimed {claims[name]!s:8} planted {planted[name]!s:8} {'right' if right[name] else 'wrong'}")
     print(f"{sum(right.values())} of {len(planted)} found")
