@@ -18,6 +18,7 @@ from contextlib import nullcontext
 
 import course
 import grade
+import handout
 import numpy as np
 import pretrain
 import process
@@ -374,6 +375,25 @@ def test_a_class_is_graded(tmp_path, capsys):
     }  # fmt: skip
     with pytest.raises(SystemExit):
         grade.main(str(handed_in), "--exercises", "1.1", "--points", "1", "2")
+
+
+def test_a_students_edition(tmp_path):
+    """Stubs in place, no answers, and the checks run from it."""
+    out = tmp_path / "edition"
+    handout.write(out, ["1.1", "1.5", "2.1", "3.5"], seeds=[0])
+    there = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+    assert {"train.py", "tests/conftest.py", COURSE, "student.py", "data/tiny/config.json"} <= there
+    assert not [name for name in there if re.search("checks|answers|test_|^.git/", name)]
+    text = (out / "train.py").read_text()
+    assert "exercise 1.1: rloo_advantages is yours to write" in text and "rewards.sum(dim=1" not in text
+    assert "def rloo_loss" in text and "For lecturers" not in (out / "ASSIGNMENTS.md").read_text()
+    (out / "student.py").write_text(files("3.5")[0] + HEAD + ANSWERS["1.5"][0][0] + RIGHT + SLIP)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", COURSE, "--student=student.py"]
+    done = subprocess.run(command, cwd=out, capture_output=True, text=True)
+    assert "3 passed, 17 skipped" in done.stdout, done.stdout + done.stderr
+    code = "import torch, train; train.rloo_advantages(torch.ones(1, 2))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=out, capture_output=True, text=True)
+    assert "NotImplementedError: exercise 1.1" in done.stderr
 
 
 def test_run_puts_the_students_functions_into_the_real_loop(tmp_path):
