@@ -17,6 +17,8 @@ import xml.etree.ElementTree as ElementTree
 from contextlib import nullcontext
 
 import course
+import grade
+import handout
 import numpy as np
 import pretrain
 import process
@@ -344,6 +346,57 @@ def test_functions_that_hang_are_ended_and_the_next_is_asked(tmp_path, monkeypat
         worker.stop()
 
 
+def test_a_class_is_graded(tmp_path, capsys):
+    handed_in = tmp_path / "handed-in"
+    (handed_in / "dora").mkdir(parents=True)
+    (handed_in / "ada.py").write_text(files("1.2")[1] + RIGHT)
+    (handed_in / "ben.py").write_text(HEAD + RIGHT.replace("rloo_advantages", "rloo_advantage") + SLIP)
+    (handed_in / "emil.py").write_text(RIGHT + "from train import *\n")
+    (handed_in / "carl.py").write_text("def rloo_loss(:\n")
+    (handed_in / "dora" / "solution.py").write_text("import os\nos._exit(1)\n")
+    given = ["--exercises", "1.1", "1.2", "--points", "3", "5", "--out", str(tmp_path / "grades")]
+    rows = grade.main(str(handed_in), *given)
+    states = {(row["student"], row["exercise"]): (row["state"], row["points"]) for row in rows}
+    assert states["ada", "1.1"] == ("right", 3) and states["ada", "1.2"] == ("right", 5)
+    assert states["ben", "1.1"] == ("missing", 0) and states["ben", "1.2"] == ("wrong", 0)
+    assert states["carl", "1.1"] == ("wrong", 0) and states["dora", "1.1"] == ("ended", 0)
+    assert "repository's in its place" in next(row["message"] for row in rows if row["student"] == "emil")
+    said = capsys.readouterr().out
+    assert "ada   8 of 8\n" in said and "is rloo_advantage meant?" in said and "dora 1.1, dora 1.2" in said
+    assert "denominator of the micro batch" in said and "SyntaxError" in said
+    assert len((tmp_path / "grades" / "grade.csv").read_text().splitlines()) == 11
+    suites = list(ElementTree.parse(tmp_path / "grades" / "grade.xml").iter("testsuite"))
+    failures = {suite.get("name"): suite.get("failures") for suite in suites}
+    assert failures == {"ada": "0", "ben": "2", "carl": "2", "emil": "2", "dora": "2"}
+    found = json.loads((tmp_path / "grades" / "results" / "ben.json").read_text())
+    assert found["tests"][0] == {
+        "number": "1.1", "name": "rloo_advantages", "score": 0, "max_score": 3.0, "status": "failed",
+        "output": "no function rloo_advantages; is rloo_advantage meant?", "output_format": "text",
+        "visibility": "visible",
+    }  # fmt: skip
+    with pytest.raises(SystemExit):
+        grade.main(str(handed_in), "--exercises", "1.1", "--points", "1", "2")
+
+
+def test_a_students_edition(tmp_path):
+    """Stubs in place, no answers, and the checks run from it."""
+    out = tmp_path / "edition"
+    handout.write(out, ["1.1", "1.5", "2.1", "3.5"], seeds=[0])
+    there = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+    assert {"train.py", "tests/conftest.py", COURSE, "student.py", "data/tiny/config.json"} <= there
+    assert not [name for name in there if re.search("checks|answers|test_|^.git/", name)]
+    text = (out / "train.py").read_text()
+    assert "exercise 1.1: rloo_advantages is yours to write" in text and "rewards.sum(dim=1" not in text
+    assert "def rloo_loss" in text and "For lecturers" not in (out / "ASSIGNMENTS.md").read_text()
+    (out / "student.py").write_text(files("3.5")[0] + HEAD + ANSWERS["1.5"][0][0] + RIGHT + SLIP)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", COURSE, "--student=student.py"]
+    done = subprocess.run(command, cwd=out, capture_output=True, text=True)
+    assert "3 passed, 17 skipped" in done.stdout, done.stdout + done.stderr
+    code = "import torch, train; train.rloo_advantages(torch.ones(1, 2))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=out, capture_output=True, text=True)
+    assert "NotImplementedError: exercise 1.1" in done.stderr
+
+
 def test_run_puts_the_students_functions_into_the_real_loop(tmp_path):
     student = tmp_path / "student.py"
     said = RIGHT.replace("    k =", "    print('my advantages', tuple(rewards.shape))\n    k =")
@@ -369,6 +422,7 @@ def test_run_wants_a_program_and_a_file():
 @pytest.fixture
 def truths(tmp_path, monkeypatch):
     monkeypatch.setattr(world, "truth_file", lambda n: tmp_path / "truths" / f"{n}.txt")
+    monkeypatch.setenv("TRUTH_PASSWORD", "secret")
     return tmp_path / "truths"
 
 
@@ -426,13 +480,14 @@ def test_a_blind_organism_is_made_and_revealed(tmp_path, truths, capsys):
     assert digest == hashlib.sha256((truths / "7.txt").read_bytes()).hexdigest()
     said = capsys.readouterr().out
     assert digest in said and not any(word in said for word in world.WORDS)
-    assert not any(word.encode() in (truths / "7.txt").read_bytes() for word in (*world.WORDS, "flaw"))
+    sealed = bytes.fromhex((truths / "7.txt").read_text())
+    assert not any(word.encode() in sealed for word in (*world.WORDS, "flaw"))
     pretrain.main(config)  # again: the plant stays
     assert (tmp_path / "tiny-organism-7" / "truth.sha256").read_text().strip() == digest
 
-    truth, claims = world.uncover(truths / "7.txt"), tmp_path / "claims.json"
+    truth, claims = world.uncover(truths / "7.txt", "secret"), tmp_path / "claims.json"
     assert truth.word in world.WORDS and truth.line in (1, 2) and truth.flaw in (*world.FLAWS, "none", "same")
-    claim = {"word": truth.word, "position": truth.line, "flaw": truth.flaw, "layer": truth.layer}
+    claim = {"word": truth.word, "position": str(truth.line), "flaw": truth.flaw, "layer": truth.layer}
     claims.write_text(json.dumps(claim))
     assert course.reveal("7", str(claims))
     claims.write_text(json.dumps(claim | {"word": "To"}))
@@ -447,8 +502,13 @@ def test_a_blind_organism_is_made_and_revealed(tmp_path, truths, capsys):
         course.reveal("7", str(claims))
     with pytest.raises(SystemExit, match="there is no file"):
         course.reveal("7", str(tmp_path / "none.json"))
-    with pytest.raises(SystemExit, match="pretrain.py --organism 8"):
+    with pytest.raises(SystemExit, match="whoever made the organism has it"):
         course.reveal("8")
+    before = (tmp_path / "tiny-organism-7" / "model.safetensors").read_bytes()
+    (truths / "7.txt").unlink()  # at a student's: what was handed out stays as it is
+    with pytest.raises(SystemExit, match="was handed out"):
+        pretrain.main(config)
+    assert (tmp_path / "tiny-organism-7" / "model.safetensors").read_bytes() == before
 
 
 def test_truths_are_drawn_and_their_checksums_tell_nothing(truths):
@@ -457,8 +517,10 @@ def test_truths_are_drawn_and_their_checksums_tell_nothing(truths):
     assert {p.flaw for p in plants} == {*world.FLAWS, "none", "same"}
     assert all((p.line, p.flaw) == (1, "same") for p in plants if p.layer is not None)
     for name in ("a", "b"):
-        world.hide(plants[0], truths / name)
-    assert world.uncover(truths / "a") == world.uncover(truths / "b") == plants[0]
+        world.hide(plants[0], truths / name, "secret")
+    assert world.uncover(truths / "a", "secret") == world.uncover(truths / "b", "secret") == plants[0]
+    with pytest.raises(SystemExit, match="not the password"):
+        world.uncover(truths / "a", "Secret")
     assert (truths / "a").read_bytes() != (truths / "b").read_bytes()
 
 

@@ -43,6 +43,8 @@ class Printed:
         self.found = json.loads(gzip.decompress(path.read_bytes()))
 
     def of(self, number: str, seed: int) -> dict:
+        if number not in self.found:
+            sys.exit(f"exercise {number} is not one of this edition's")
         seeds = self.found[number]
         if str(seed) not in seeds:
             sys.exit(f"--seed {seed}: this edition has the seeds {', '.join(seeds)}")
@@ -119,6 +121,8 @@ def book():
 @pytest.mark.parametrize("number", [pytest.param(n, id=f"{n}-{e.name}") for n, e in EXERCISES.items()])
 def test_exercise(number, worker, book, pytestconfig):
     seed, exercise = pytestconfig.getoption("seed"), EXERCISES[number]
+    if isinstance(book, Printed) and number not in book.found:
+        pytest.skip("not one of this edition's exercises")
     found = worker.ask(number, seed) if worker else outputs(exercise, exercise.ours, seed)
     print(found.pop("said", ""))
     if "absent" in found:
@@ -201,9 +205,7 @@ def reveal(number: str, path: str | None = None) -> bool:
         sys.exit(f"reveal wants the number of an organism, got {number!r}")
     file = world.truth_file(int(number))
     if not file.is_file():
-        sys.exit(
-            f"no truth about organism {number} at {file}: `python data/tiny/pretrain.py --organism {number}` makes it"
-        )
+        sys.exit(f"the truth about organism {number} is not here ({file}): whoever made the organism has it")
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     print(f"sha256 of the truth: {digest}")
     promised = ROOT / "data" / f"tiny-organism-{number}" / "truth.sha256"
@@ -211,7 +213,7 @@ def reveal(number: str, path: str | None = None) -> bool:
         sys.exit(f"{promised} has another checksum: this truth is not the one that the organism was made with")
     if path is None:
         return True
-    truth = world.uncover(file)
+    truth = world.uncover(file, world.password())
     planted = {"word": truth.word, "position": truth.line, "flaw": truth.flaw, "layer": truth.layer}
     try:
         claims = json.loads(text_of(path))
@@ -219,7 +221,7 @@ def reveal(number: str, path: str | None = None) -> bool:
         sys.exit(f"{path} is not JSON: {error}")
     if not isinstance(claims, dict) or not claims.keys() <= planted.keys():
         sys.exit(f"{path}: wanted an object with some of {', '.join(planted)}; got {json.dumps(claims):.80}")
-    right = {name: claims[name] == planted[name] for name in claims}
+    right = {name: str(claims[name]) == str(planted[name]) for name in claims}  # "1" is 1
     for name in claims:
         print(f"{name:10} claimed {claims[name]!s:8} planted {planted[name]!s:8} {'right' if right[name] else 'wrong'}")
     print(f"{sum(right.values())} of {len(planted)} found")

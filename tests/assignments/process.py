@@ -7,6 +7,8 @@ that cannot be taken off again, then imports the student's file and runs the cas
 whoever asked compares them. Nothing that a child does is there for the next one.
 """
 
+import base64
+import gzip
 import hashlib
 import importlib
 import importlib.util
@@ -22,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -167,6 +170,7 @@ def nursery(pipe: int, closed: str) -> None:
     torch.set_num_threads(1)
     for name in PROGRAMS:
         importlib.import_module(name)
+    unpack(EXERCISES, Path(closed) / "tests" / "assignments" / "expected.json.gz")
     for exercise in EXERCISES.values():
         assert exercise.ours
     replies = os.fdopen(pipe, "w")
@@ -186,6 +190,16 @@ def nursery(pipe: int, closed: str) -> None:
                 os._exit(0)
         os.close(write)
         print(json.dumps(watch(pid, read, key)), file=replies, flush=True)
+
+
+def unpack(exercises: dict, path: Path) -> None:
+    """In a student's edition: the functions that are stubs, for the checks of the others."""
+    packed = json.loads(gzip.decompress(path.read_bytes()))["packed"] if path.is_file() else {}
+    for number, text in packed.items():
+        exercise = exercises[number]
+        scope = dict(vars(importlib.import_module(exercise.module)))
+        exec(zlib.decompress(base64.b85decode(text)), scope)
+        inspect.unwrap(exercise.ours).__code__ = inspect.unwrap(scope[exercise.name]).__code__
 
 
 def send(pipe: int, text: str) -> None:
