@@ -7,6 +7,7 @@ V vocabulary.
 
 import resource
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,8 +32,18 @@ def free(device) -> int:
         return 8 << 30
 
 
+def start(device="cpu") -> int:
+    """Begin to measure `peak`; returns what is in use now."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with suppress(OSError):  # no Linux: the peak is that of the whole process
+            Path("/proc/self/clear_refs").write_text("5")
+    return peak(device)
+
+
 def peak(device) -> int:
-    """The most memory that this process has had."""
+    """The most memory that this process has had since `start`."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
