@@ -486,12 +486,12 @@ def token_logps(llm, prompts: list, completions: list, temperature=1.0, chunk=No
     def score(x, y):  # (chunk, D), (chunk,) -> (chunk,)
         return (logits(llm, x) / temperature).log_softmax(-1).gather(-1, y[:, None]).squeeze(-1)
 
-    chunk, logps = chunk or memory.head_rows(len(head)), []
+    chunk, logps = chunk or memory.head_rows(len(head), llm.device), []
     for x, y in zip(h.split(chunk), target.split(chunk)):
         if head.requires_grad:  # its own gradient needs the logits again
             logps.append(checkpoint(score, x, y, use_reentrant=False))
         elif torch.is_grad_enabled() and x.requires_grad:
-            logps.append(fast.ChosenLogps.apply(x, partial(score, y=y)))
+            logps.append(fast.ChosenLogps.apply(x, y, partial(logits, llm, dtype=None), temperature))
         else:
             logps.append(score(x, y))
     lengths = torch.tensor([len(c) for c in completions], device=h.device)
