@@ -34,6 +34,8 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 
+from plumbing.bars import Bar
+
 MAX_CHARS = 2000  # longer answers get 0: the longest gold of the usual benchmarks has a few hundred
 MAX_MEMORY = 4 << 30  # bytes of address space of one worker
 log = logging.getLogger(__name__)
@@ -247,7 +249,8 @@ def grade(completions: list[str], golds: list, timeout: float = 5.0, workers: in
     if jobs:
         workers = workers or min(os.cpu_count(), 16)
         with ThreadPoolExecutor(min(workers, len(jobs))) as threads:  # each thread waits for one process
-            known |= zip(jobs, threads.map(lambda pair: ask(*pair, timeout), jobs))
+            replies = threads.map(lambda pair: ask(*pair, timeout), jobs)
+            known |= zip(jobs, Bar(replies, total=len(jobs), desc="grading", unit="answers"))
     return [float(any(known[pair] for pair in some)) for some in pairs]
 
 

@@ -33,13 +33,13 @@ import tyro
 from torch import nn
 from torch.nn.functional import normalize
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 
 import model
 from data.problems import MATH_PROMPT, Problems, problems_of
 from evaluate import compare_with_base
 from model import Subject
 from plumbing import memory, processes, settings
+from plumbing.bars import Bar
 from plumbing.few import Few
 from plumbing.figures import plot_reward
 from plumbing.files import FAMILY, append, config_of, lines_of
@@ -187,7 +187,7 @@ class Run:
     subject: Subject  # the model, its sampler, and how it is asked
     save_every: int  # steps between states that --resume can go on from
     timeouts: int = field(default_factory=grading_timeouts)  # comparisons that the grader gave up before this step
-    bar: tqdm | None = None
+    bar: Bar | None = None
 
 
 def main(args: Config) -> None:
@@ -234,7 +234,7 @@ def how_to_sample(run: Run, trained, step: int) -> dict:
     args, llm, lowest = run.args, run.subject.llm, model.lowest_trained(trained.steering)
     seeds = shard(model.prompt_seeds(args.seed * 1_000_003 + step, range(args.prompts)))
     size = memory.state_bytes(llm.config, llm.dtype.itemsize, len(seeds) * args.samples * args.context)
-    fits = size < memory.free(args.device) // 4
+    fits = size < memory.free(llm.device) // 4
     keep = lowest if lowest > 0 and (args.reuse == "yes" or (args.reuse == "auto" and fits)) else None
     return dict(temperature=args.temperature, seed=seeds, context=args.context, keep=keep)
 
@@ -444,7 +444,8 @@ def open_run(args: Config) -> Run:
     subject.template = args.template or ("native" if subject.tokenizer.chat_template else "r1")
     subject.system = MATH_PROMPT if args.system is None else args.system
     args = replace(args, context=min(args.context, subject.context))
-    fit = [row for row in problems.rows if len(subject.prompt(row)) < args.context]
+    asked = Bar(problems.rows, desc="prompts", unit="problems")
+    fit = [row for row in asked if len(subject.prompt(row)) < args.context]
     if len(fit) < len(problems.rows) and rank() == 0:
         left_out = f"left out {len(problems.rows) - len(fit)} of {len(problems.rows)} problems"
         print(f"{left_out}, whose prompts fill the context of {args.context} tokens")
@@ -476,10 +477,10 @@ def start(run: Run, trained, adam: torch.optim.Adam) -> int:
     return first
 
 
-def progress(run: Run, first: int) -> tqdm:
+def progress(run: Run, first: int) -> Bar:
     """The steps to do, with a bar."""
     steps = run.args.steps
-    run.bar = tqdm(range(first, steps), initial=first, total=steps, desc="reward  ?", unit="step", disable=rank() > 0)
+    run.bar = Bar(range(first, steps), leave=True, initial=first, total=steps, desc="reward  ?", unit="steps")
     return run.bar
 
 
@@ -564,7 +565,8 @@ def held_out_accuracy(run: Run, vectors: dict, step: int) -> dict[str, float]:
     if not run.args.eval_every or step % run.args.eval_every or not run.held_out:
         return {}
     rows, n = shard(run.held_out.rows), len(run.held_out.rows)
-    rolled = run.subject.rollouts(vectors, rows, 1, seed=shard(model.prompt_seeds(run.args.seed, range(n))))
+    seeds = shard(model.prompt_seeds(run.args.seed, range(n)))
+    rolled = run.subject.rollouts(vectors, rows, 1, seed=seeds, bar="held out")
     right = sum(grade(rolled.texts, [row["answer"] for row in rows]))
     return {"held_out": sum(all_gather(right)) / n}
 
