@@ -1,19 +1,19 @@
 """
 Look into trained vectors, one analysis at a time (`python analyze.py --help` lists them all).
 
-$ python analyze.py lens out/tiny-layer27                     # tokens the vector points at
+$ python analyze.py lens out/tiny-layer27                     # tokens that the vector points at
 $ python analyze.py sweep out/tiny-layer{?,??,all} out/tiny-full       # accuracy by layer
-$ python analyze.py patch out/tiny-layer26 out/tiny-layer27   # through which part of the next block it acts
-$ python analyze.py report                                    # a page of all that is there, beside the papers' numbers
+$ python analyze.py patch out/tiny-layer26 out/tiny-layer27   # which part of the next block it acts through
+$ python analyze.py report                                    # one page with all results, beside the papers' numbers
 
-An analysis is a function under @analysis. It returns the numbers, a table and a sentence with the reading;
-plumbing/figures.py draws them. To add one, write such a function: it is then in --help and in the report. Its table is
-its figure until plumbing/figures.py has a function of the same name.
+An analysis is a function under @analysis. It returns numbers, a table and a sentence that reads them. To add one, write
+such a function; --help and the report then list it. A function of the same name in plumbing/figures.py draws it; if
+there is none, the figure is the table.
 
 Numbers go to RUN/figures/NAME.json (of several runs: out/figures/), the table to NAME.md, the figure to NAME.png. The
-same command again loads no model and only draws. evaluate.py keeps the answers: an interrupted command goes on, and
-nothing is measured twice. Intervals are 95 % bootstrap intervals over problems. Conditions share problems and seeds,
-and differences are paired. P1, P4: versions 1 and 4 of arXiv:2509.06608; B: arXiv:2505.18706.
+same command again only draws, without loading a model. evaluate.py keeps the answers, so an interrupted command goes on
+where it stopped, and nothing is measured twice. Intervals are 95 % bootstrap intervals over problems. Conditions share
+problems and seeds, so differences are paired. P1, P4: versions 1 and 4 of arXiv:2509.06608; B: arXiv:2505.18706.
 """
 
 import copy
@@ -50,25 +50,25 @@ from rewards import grade
 @own_first
 @dataclass
 class Config(model.Asking):
-    name: tyro.conf.Positional[str]        # the analysis
-    runs: tyro.conf.Positional[tuple[str, ...]] = ()  # run folders of train.py; report: their folder, out
+    name: tyro.conf.Positional[str]        # which analysis
+    runs: tyro.conf.Positional[tuple[str, ...]] = ()  # run folders of train.py; for report the folder around them, out
     n: Usual[int] = None                   # use the first N problems; default 100 (case: 4; with --benchmarks: all)
-    benchmarks: tuple[str, ...] = ()       # accuracies: mean of data/NAME.jsonl; all: the papers' six; texts: the first
-    seeds: tuple[int, ...] = ()            # of accuracies; default --seed alone, with --benchmarks 0 1 2 as evaluate.py
+    benchmarks: tuple[str, ...] = ()       # names of data/NAME.jsonl, or all: the papers' six; answers: of the first
+    seeds: tuple[int, ...] = ()            # for accuracies; default --seed; with --benchmarks 0 1 2 as in evaluate.py
     data: Usual[str] = None                # jsonl of {problem, answer} instead; default the run's held-out problems
     samples: Usual[int] = None             # answers to each problem at T > 0; default what the file says, or 1
-    temperature: float = 1.0               # of answers and accuracies; sweep and prefix measure T = 1 and greedy
-    seed: int = 0                          # of the answers that are read, and of random vectors
+    temperature: float = 1.0               # of answers and accuracies; sweep and prefix always use T = 1 and greedy
+    seed: int = 0                          # for the answers that are read, and for random vectors
     token: Usual[str] = None               # prefix: the first token; default the one that shift finds at position 0
     recipients: tuple[str, ...] = ()       # transfer: models that get the runs' vectors
-    controls: bool = False                 # sweep, prefix: random vectors, vectors elsewhere; compose: halves
-    through_norm: bool = True              # patch: heads see LN(X + s), as the authors' code; else LN(X) + s, as P4
-    sample_heads: bool = False             # patch: accuracy for every head, too (P4 Fig. 5); with the HF sampler
-    top: int = 10                          # lens: tokens listed
-    out: Usual[str] = None                 # folder of figure and numbers; default as above
+    controls: bool = False                 # sweep, prefix: also random and misplaced vectors; compose: half vectors
+    through_norm: bool = True              # patch: heads see LN(X + s), as the authors' code; no: LN(X) + s, as in P4
+    sample_heads: bool = False             # patch: also the accuracy with every head (P4 Fig. 5); with the HF sampler
+    top: int = 10                          # lens: how many tokens to list
+    out: Usual[str] = None                 # folder for figure and numbers; default as above
 
 
-# settings that change no number, or stand in the key in another form
+# settings that change no number, or that are in Lab.key in another form
 FREE = (*CHANGE_NO_NUMBER, "runs", "data", "benchmarks", "recipients")
 
 
@@ -76,20 +76,20 @@ FREE = (*CHANGE_NO_NUMBER, "runs", "data", "benchmarks", "recipients")
 
 
 class Analysis(NamedTuple):
-    compute: Callable  # of a Lab, returns a finding
+    compute: Callable  # takes a Lab, returns a finding
     papers: str  # where the papers have it
-    least: int = 1  # runs
+    least: int = 1  # number of runs
     most: int | None = None
-    takes: tuple[str, ...] = ()  # other runs than those of vectors: "lora", "full"
-    n: int | None = 100  # problems by default; None where none is involved
-    accuracies: bool = False  # measures them: over all the benchmarks' problems, with several seeds
+    takes: tuple[str, ...] = ()  # runs that it takes beside those with vectors: "lora", "full"
+    n: int | None = 100  # problems by default; None if it needs none
+    accuracies: bool = False  # measures accuracies: over all problems of the benchmarks, with several seeds
 
 
-ANALYSES: dict[str, Analysis] = {}  # in the order of this file, which is that of --help and of the report
+ANALYSES: dict[str, Analysis] = {}  # in the order of this file, which is also that of --help and the report
 
 
 def analysis(papers: str, **wants):
-    """Register the function below; the first line of its docstring is its --help. wants: see Analysis."""
+    """Register the function below; the first line of its docstring is its --help. wants: fields of Analysis."""
 
     def register(compute):
         ANALYSES[compute.__name__] = Analysis(compute, papers, **wants)
@@ -99,27 +99,33 @@ def analysis(papers: str, **wants):
 
 
 def finding(reading: str, head: list[str], rows: list[list[str]], **numbers) -> dict:
-    """What an analysis returns: a sentence, a table, and the numbers that its figure and later readers need."""
+    """What an analysis returns: a sentence, a table, and the numbers for the figure and for later readers."""
     return {"reading": reading, "table": (head, rows)} | numbers
 
 
 class Run(NamedTuple):
     folder: Path
     config: dict  # its config.json
-    vectors: dict  # {place: fp32 tensor}; none of a run of all weights
-    label: str  # "27", "all": the layers, and what else the config says about the vectors
+    vectors: dict  # {place: fp32 tensor}; {} if all weights were trained
+    label: str  # "27", "all", "26, attention": see settings.label_of
     full = property(lambda run: run.config.get("method") == "full")
+    places = property(lambda run: ", ".join(map(str, run.vectors)))
+
+    @property
+    def stamp(self) -> str:
+        """A checksum of what was trained; it changes when training goes on."""
+        return model.Subject(name=str(self.folder / "weights")).key["weights"] if self.full else identity(self.vectors)
 
 
 @dataclass
 class Lab:
-    """What an analysis works with: a model, runs and problems. The model is loaded when something is not kept yet."""
+    """What an analysis works with: a model, runs and problems. The model is loaded only if results are missing."""
 
     args: Config
     subject: Subject
     runs: list[Run]
     sets: list[Problems]
-    recipients: list[Subject] = field(default_factory=list)  # of transfer
+    recipients: list[Subject] = field(default_factory=list)  # for transfer
 
     llm = property(lambda lab: lab.subject.llm)
     tokenizer = property(lambda lab: lab.subject.tokenizer)
@@ -127,12 +133,12 @@ class Lab:
 
     @property
     def seeds(self) -> tuple[int, ...]:
-        """Those of the accuracies, as evaluate.py has them."""
+        """The seeds for accuracies, as in evaluate.py."""
         return self.args.seeds or ((0, 1, 2) if self.args.benchmarks else (self.args.seed,))
 
     @property
     def texts(self) -> Problems:
-        """The problems whose answers are read: of many benchmarks the first, and no more than without benchmarks."""
+        """The problems whose answers are read: of the first benchmark, and as many as without benchmarks."""
         return self.sets[0].first(self.args.n or ANALYSES[self.args.name].n)
 
     @property
@@ -145,27 +151,27 @@ class Lab:
 
     @property
     def key(self) -> dict:
-        """What every number depends on, from files alone."""
+        """Everything that the numbers depend on; computed from files, without the model."""
         settings = {name: value for name, value in asdict(self.args).items() if name not in FREE}
         return settings | {
             "seeds": self.seeds,
             "grader": grader(),
             "subjects": [subject.key for subject in self.recipients or [self.subject]],
-            "runs": [[str(run.folder), stamp(run)] for run in self.runs],
+            "runs": [[str(run.folder), run.stamp] for run in self.runs],
             "problems": [[one.name, one.checksum, len(one.rows), one.samples] for one in self.sets],
         }
 
     def over_sets(self, right, temperature: float) -> Estimate:
-        """The mean over sets and seeds of right(problems, k, seed): grades, [problem][sample]. As evaluate.measure."""
+        """The mean of the grades right(problems, k, seed), [problem][sample], over sets and seeds."""
         parts = []
         for problems in self.sets:
-            k = (self.args.samples or problems.samples) if temperature else 1  # greedy: one answer says all
+            k = (self.args.samples or problems.samples) if temperature else 1  # greedy answers are all the same
             by_seed = [right(problems, k, seed) for seed in (self.seeds if temperature else (0,))]
-            parts.append(Estimate.of([sum(samples, []) for samples in zip(*by_seed)]))
+            parts.append(Estimate.rate([sum(samples, []) for samples in zip(*by_seed)]))
         return parts[0] if len(parts) == 1 else Estimate.mean(parts)
 
     def accuracy(self, vectors: dict, label: str, temperature=None, prefix="", subject=None) -> Estimate:
-        """Share of right answers with these vectors, {} for the base model; evaluate.py keeps and shares them."""
+        """Share of right answers with these vectors ({}: the base model). evaluate.py keeps the answers."""
         T = self.args.temperature if temperature is None else temperature
 
         def right(problems, k, seed):
@@ -175,44 +181,39 @@ class Lab:
         return self.over_sets(right, T)
 
     def compare(self, conditions: dict, temperature: float | None = None) -> dict[str, Estimate]:
-        """Accuracies under several conditions. {name: vectors}"""
+        """The accuracy under each condition {name: vectors}."""
         bar = Bar(conditions.items(), desc=self.args.name, unit="conditions")
         return {name: self.accuracy(vectors, name, temperature) for name, vectors in bar}
 
     def answered(self, vectors: dict, label: str) -> tuple[list, list, list]:
-        """(prompts, completions, ended): an answer of the steered model to every problem of `texts`, as ids."""
+        """(prompts, completions, ended): one answer of the steered model to every problem of `texts`, as token ids."""
         T, seed = self.args.temperature, self.args.seed
         found = answers(self.subject, vectors, self.texts, 1, T, seed, bar=f"answers, {label}")
         return found["prompt_ids"], [c for (c,) in found["completion_ids"]], [e for (e,) in found["ended"]]
 
     def once(self, what: str, vectors: dict, compute):
-        """compute(), or what it gave when it was last asked for the same: an interrupted command goes on."""
-        no_matter = ("name", "token", "controls", "sample_heads", "top", "seeds", "grader")  # shared by analyses
-        key = {name: x for name, x in self.key.items() if name not in no_matter}
+        """compute(), or its kept result, so that an interrupted command goes on where it stopped."""
+        without = ("name", "token", "controls", "sample_heads", "top", "seeds", "grader")  # other analyses may share it
+        key = {name: x for name, x in self.key.items() if name not in without}
         key |= {"runs": identity(vectors), "what": what}
         path = self.subject.folder / f"{what.split()[0]}-{checksum(json.dumps(key).encode())}.json"
         found = kept(path, key)
         return keep(path, key, compute()) if found is None else found
 
 
-def stamp(run: Run) -> str:
-    """A checksum of what a run trained; it changes when training goes on."""
-    return Subject(name=str(run.folder / "weights")).key["weights"] if run.full else identity(run.vectors)
-
-
 def open_runs(args: Config) -> list[Run]:
-    """The runs of a command; exits with one line where the analysis cannot take one."""
-    wanted, runs = ANALYSES[args.name], []
+    """The runs of a command; exits with one line if the analysis cannot take one."""
+    runs = []
     for folder in args.runs:
         config = config_of(folder)
         vectors, _ = vectors_of(folder, config)
         vectors = dict(sorted(vectors.items(), key=lambda item: model.split(item[0])))
         runs.append(run := Run(Path(folder), config, vectors, label_of(config)))
-        lora = any(model.split(place).matrix for place in run.vectors)
+        lora = any(model.split(place).matrix for place in vectors)
         kind, what = ("full", "all weights and no vectors") if run.full else ("lora", "a LoRA")
-        if (run.full or lora) and kind not in wanted.takes:
+        if (run.full or lora) and kind not in ANALYSES[args.name].takes:
             takers = ", ".join(name for name, other in ANALYSES.items() if kind in other.takes)
-            sys.exit(f"{args.name} wants vectors; {run.folder} has {what}: {takers} can take it")
+            sys.exit(f"{args.name} wants vectors; {folder} has {what}. These can take it: {takers}")
     for key in ("model", "template", "system") if args.name not in ("transfer", "cost") else ():
         if len(values := {str(run.config.get(key)) for run in runs}) > 1:
             sys.exit(f"{args.name} compares runs with the same {key}; these have {', '.join(sorted(values))}")
@@ -225,10 +226,10 @@ def open_lab(args: Config) -> Lab:
     file, sets = args.data or first.get("held_out"), []
     if wanted.n is not None:
         if not args.benchmarks and file is None:
-            sys.exit("the run was trained on --data without --held-out: say which problems to use with --data FILE")
+            sys.exit("the run was trained on --data without --held-out: give the problems to use with --data FILE")
         sets = benchmarks(args.benchmarks) if args.benchmarks else [problems_of(file)]
     n = args.n or (None if args.benchmarks and wanted.accuracies else wanted.n)
-    room = {}  # at every place the largest tensor: the LoRA of the highest rank says how much room the engine needs
+    room = {}  # the largest tensor at every place: vLLM makes room for the LoRA of the highest rank
     for place, s in (item for run in runs for item in run.vectors.items()):
         room[place] = max(s, room.get(place, s), key=torch.numel)
     how = {"holds": room, "folder": Path(args.runs[0]).parent / "answers"}
@@ -238,7 +239,7 @@ def open_lab(args: Config) -> Lab:
     if args.sample_heads or args.name in ("transfer", "attention"):
         if args.sampler == "vllm":
             sys.exit(f"--sampler vllm: {args.name} samples with the Hugging Face model here; leave --sampler out")
-        for one in (subject, *recipients):  # vLLM knows no hooks, and several engines or models leave it no room
+        for one in (subject, *recipients):  # vLLM cannot use hooks, and several engines or models do not fit
             one.sampler = "hf"
     return Lab(args, subject, runs, [problems.first(n) for problems in sets], recipients)
 
@@ -249,16 +250,15 @@ def layer_vectors(lab: Lab, runs: list[Run] | None = None) -> dict[int, Run]:
     for run in lab.runs if runs is None else runs:
         layer, *others = run.vectors or (None,)
         if others or not isinstance(layer, int):
-            places = ", ".join(map(str, run.vectors))
-            sys.exit(f"{lab.args.name} wants runs with one vector at the end of a layer; {run.folder} has {places}")
+            sys.exit(f"{lab.args.name} wants runs with one vector at the end of a layer; {run.folder} has {run.places}")
         if other := found.get(layer):
-            sys.exit(f"{lab.args.name} wants one run for a layer; {other.folder} and {run.folder} both have {layer}")
+            sys.exit(f"{lab.args.name} wants one run per layer; {other.folder} and {run.folder} both have {layer}")
         found[layer] = run
     return dict(sorted(found.items()))
 
 
 def singles_and_all(lab: Lab) -> tuple[dict[int, Run], Run | None]:
-    """The runs with one vector, {layer: run}, and the one with a vector at every layer."""
+    """({layer: run with a vector there alone}, the run with a vector at every layer or None)."""
     whole = [run for run in lab.runs if len(run.vectors) == lab.depth > 1]
     if len(whole) > 1:
         sys.exit(f"{lab.args.name} wants at most one all-layer run, got {', '.join(str(run.folder) for run in whole)}")
@@ -266,17 +266,17 @@ def singles_and_all(lab: Lab) -> tuple[dict[int, Run], Run | None]:
     return layer_vectors(lab, singles), whole[0] if whole else None
 
 
-# ------------------------------------------------------------------------------------------------ what several share
+# ------------------------------------------------------------------------------------------------------ shared tools
 
 
 def random_like(s: torch.Tensor, seed: int, place) -> torch.Tensor:
-    """A random vector with the norm of s, another one for every place and seed. (D,)"""
+    """A random vector with the norm of s, different for every place and seed. (D,)"""
     draw = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{place}".encode()))
     return (normalize(torch.randn(len(s), generator=draw), dim=0) * s.norm().cpu()).to(s.device)
 
 
 def moved(vectors: dict, depth: int) -> dict:
-    """The same vectors at other layers, half the depth away."""
+    """The same vectors, each half the depth away from its own layer."""
 
     def away(place):
         layer = model.split(place).layer
@@ -288,10 +288,9 @@ def moved(vectors: dict, depth: int) -> dict:
 
 def segments(prompts: list[list[int]], other: list[int]) -> list[list[str]]:
     """
-    For every token of each prompt "system", "question" or "turn" (the template behind the question).
+    For every token of each prompt "system", "question" or "turn" (the rest of the template, after the question).
 
-    other: a prompt with a question that has nothing in common with theirs: what a prompt shares with it is the
-    template.
+    other: a prompt with another question; what a prompt shares with it at either end is the template.
     """
     found = []
     for prompt in prompts:
@@ -303,14 +302,14 @@ def segments(prompts: list[list[int]], other: list[int]) -> list[list[str]]:
 
 
 def resampled(n: int, draws: int = 1000) -> torch.Tensor:
-    """How often each of n problems is in each bootstrap sample, (draws + 1, n); the first row: the data themselves."""
+    """How often each of n problems is in each bootstrap sample, (draws + 1, n). The first row is the data: all 1."""
     counts = np.random.default_rng(0).multinomial(n, [1 / n] * n, size=draws)
     return torch.cat([torch.ones(1, n), torch.from_numpy(counts).float()])
 
 
 @torch.no_grad()
 def states(llm, way, prompts: list[list[int]], completions: list[list[int]]) -> torch.Tensor:
-    """The states that predict the completions' tokens inside the context that way() makes: (completion tokens, D)."""
+    """The states that predict the completions' tokens, inside the context way(): (completion tokens, D)."""
     with way():
         h, before = model.read(llm, prompts, completions)
     return h[before]
@@ -318,28 +317,28 @@ def states(llm, way, prompts: list[list[int]], completions: list[list[int]]) -> 
 
 @torch.no_grad()
 def log_probs(llm, *several: torch.Tensor, chunk=512) -> Iterator[tuple[torch.Tensor, ...]]:
-    """log p of the next tokens, (n, V) for each of several (N, D) states, n <= chunk: (N, V) never exists."""
+    """log p of the next tokens for several (N, D) states, in parts of (n, V), n <= chunk: (N, V) never exists."""
     for part in zip(*(h.split(chunk) for h in several)):
         yield tuple(model.logits(llm, h, exact=True).log_softmax(-1) for h in part)
 
 
 def other_dtype(llm):
-    """A copy in another dtype, to measure rounding with: bf16 for an fp32 model, fp32 else."""
+    """A copy in another dtype, to measure rounding: bf16 for an fp32 model, else fp32."""
     other = copy.deepcopy(llm)
-    for p in other.parameters():  # not llm.to: that rounds the rotary frequencies, too
+    for p in other.parameters():  # not llm.to, which would round the rotary frequencies, too
         p.data = p.data.to(torch.bfloat16 if llm.dtype == torch.float32 else torch.float32)
     return other
 
 
 def floor(llm, prompts, completions, texts=32) -> dict[str, float]:
     """
-    What rounding alone does: the base model in another dtype against itself, over the tokens of the first texts.
+    What rounding alone does: the base model against itself in another dtype, over the tokens of the first texts.
 
-    {"delta_p": mean of the largest increase, "kl": mean KL in nats, "tokens"}. Products with the head are fp32 in both.
+    {"delta_p": mean of the largest increase, "kl": mean KL in nats, "tokens"}. Both compute the logits in fp32.
     """
     parts, device = list(batches_of(prompts[:texts], completions[:texts])), llm.device
     own = torch.cat([states(llm, ExitStack, *part[1:]) for part in parts])
-    other = other_dtype(llm.cpu()).to(device)  # one after the other: beside an engine a GPU has no room for both
+    other = other_dtype(llm.cpu()).to(device)  # one after the other: with vLLM on it, a GPU has no room for both
     rounded = torch.cat([states(other, ExitStack, *part[1:]) for part in parts])
     del other
     llm.to(device)
@@ -348,10 +347,15 @@ def floor(llm, prompts, completions, texts=32) -> dict[str, float]:
 
 
 def batches_of(prompts, completions, tokens=4096, desc="texts") -> Iterator[tuple[list[int], list, list]]:
-    """(numbers of the rows, their prompts, their completions), so many tokens at a time."""
+    """(numbers of the rows, their prompts, their completions), at most so many tokens at a time."""
     lengths = [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]
     for batch in Bar(model.batches(lengths, tokens), desc=desc, unit="batches"):
         yield batch, [prompts[i] for i in batch], [completions[i] for i in batch]
+
+
+def over_base(found: dict[str, Estimate], *first: str) -> list[list[str]]:
+    """Rows of a table: what is given first, the condition, its accuracy, the difference to the base model's."""
+    return [[*first, name, one.text(), (one - found["base"]).text("+")] for name, one in found.items()]
 
 
 # -------------------------------------------------------------------------------------------------------------- lens
@@ -361,14 +365,14 @@ def read_out(s: torch.Tensor, U: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
     """
     The logit lens of a vector: <s, u_v> and <s, u_v> / (|s| |u_v|) for every token v (B Sec. 4.2; P4 Sec. 5, App. G).
 
-    s: (D,); U: (V, D), rows of the unembedding. Returns (dot products, cosines), both (V,). Without the final norm.
+    s: (D,); U: (V, D), rows of the unembedding. Returns (dot products, cosines), both (V,). The final norm is left out.
     """
     dot = U.float() @ s.float()
     return dot, dot / (s.float().norm() * U.float().norm(dim=-1)).clamp(min=1e-12)
 
 
 def folded(llm, U: torch.Tensor) -> torch.Tensor:
-    """Rows of the unembedding times the gain g of the final norm, u_v * g; the norm of (1, ..., 1) is g. (V, D)"""
+    """Rows of the unembedding times the gain g of the final norm, u_v * g. The norm maps (1, ..., 1) to g. (V, D)"""
     norm = llm.get_decoder().norm
     return U.float() * norm(torch.ones_like(U[:1])).float()
 
@@ -376,31 +380,31 @@ def folded(llm, U: torch.Tensor) -> torch.Tensor:
 @analysis("P4 Table 8, B Table 2", n=None)
 def lens(lab: Lab) -> dict:
     """Which tokens does the vector point at?"""
-    U = lab.llm.get_output_embeddings().weight[: len(lab.tokenizer)].float()  # the rest are rows of no token
+    U = lab.llm.get_output_embeddings().weight[: len(lab.tokenizer)].float()  # no token uses the remaining rows
     gained, top = folded(lab.llm, U), min(lab.args.top, len(U))
-    # what directions without any meaning show: the largest dot product and cosine with a row, 95 % of them below
+    # the largest dot product and cosine that 95 % of random directions stay below
     noise = normalize(torch.randn(200, U.shape[1], generator=torch.Generator().manual_seed(lab.args.seed)), dim=-1)
     dots = noise.to(U.device) @ U.T  # (200, V)
     chance_dot, chance = (x.amax(1).quantile(0.95).item() for x in (dots, dots / U.norm(dim=-1).clamp(min=1e-12)))
-    found, rows = {}, []
+    found, table = {}, []
     for run in lab.runs:
         for place, s in run.vectors.items():
             if model.split(place).site not in (*model.SITES, *model.ON_THE_STREAM):
                 sys.exit(f"lens wants vectors as wide as the residual stream; {run.folder} has one at {place}")
             label = run.label + f": {place}" * (len(run.vectors) > 1) if len(lab.runs) > 1 else str(place)
-            (dot, cosine), (gained_dot, gained_cosine) = (read_out(s.to(U.device), rows) for rows in (U, gained))
+            plain, behind_norm = (read_out(s.to(U.device), rows) for rows in (U, gained))  # (dot products, cosines)
             found[label] = {"chance dot": chance_dot * s.norm().item()}
-            for kind, by, d, c in (
-                ("cosine", cosine, dot, cosine),
-                ("dot", dot, dot, cosine),
-                ("lowest dot", -dot, dot, cosine),
-                ("dot, gain folded in", gained_dot, gained_dot, gained_cosine),  # the order of tokens behind the norm
-                ("cosine, gain folded in", gained_cosine, gained_dot, gained_cosine),
+            for kind, by, (dot, cosine) in (
+                ("cosine", plain[1], plain),
+                ("dot", plain[0], plain),
+                ("lowest dot", -plain[0], plain),
+                ("dot, gain folded in", behind_norm[0], behind_norm),
+                ("cosine, gain folded in", behind_norm[1], behind_norm),
             ):
-                listed = [[piece(lab.tokenizer, i), d[i].item(), c[i].item()] for i in by.topk(top).indices.tolist()]
-                found[label][kind] = listed  # [token, dot product, cosine]
-                for i, (token, x, y) in enumerate(listed, 1):
-                    rows.append([label, kind, str(i), quoted(token), f"{x:.3g}", f"{y:.2f}"])
+                ids = by.topk(top).indices.tolist()
+                found[label][kind] = [[piece(lab.tokenizer, i), dot[i].item(), cosine[i].item()] for i in ids]
+                for i, (token, x, y) in enumerate(found[label][kind], 1):
+                    table.append([label, kind, str(i), quoted(token), f"{x:.3g}", f"{y:.2f}"])
     best = max(found, key=lambda label: found[label]["cosine"][0][2])
     (by_cosine, _, cosine), (by_dot, dot, _) = found[best]["cosine"][0], found[best]["dot"][0]
     down, lowest, _ = found[best]["lowest dot"][0]
@@ -411,7 +415,7 @@ def lens(lab: Lab) -> dict:
         "vector may steer where the lens shows nothing, and what it shows need not be what steers."
     )
     head = ["layer", "order", "rank", "token", "dot product", "cosine"]
-    return finding(reading, head, rows, chance=chance, vectors=found)
+    return finding(reading, head, table, chance=chance, vectors=found)
 
 
 # ------------------------------------------------------------------------------------- next tokens: shift, prefix, case
@@ -420,10 +424,10 @@ def lens(lab: Lab) -> dict:
 @torch.no_grad()
 def next_tokens(llm, ways: list[dict], prompts, completions, chunk: int = 512) -> Iterator[tuple]:
     """
-    p(x; s) at every completion position of given rollouts for several sets of vectors s, {} for the base (P4 Sec. 5).
+    p(x; s) at every position of given answers under several sets of vectors s, {} for the base model (P4 Sec. 5).
 
     Teacher-forced, T = 1. Yields (probabilities, row, position): for each set (n, V) fp32, n <= chunk; (n,) number of
-    the rollout; (n,) position in the answer, 0 is predicted by the last token of the prompt.
+    the answer; (n,) position in it, where the last token of the prompt predicts position 0.
     """
     for batch, *texts in batches_of(prompts, completions, desc="probabilities"):
         several = [states(llm, partial(model.steer, llm, given), *texts) for given in ways]
@@ -433,7 +437,7 @@ def next_tokens(llm, ways: list[dict], prompts, completions, chunk: int = 512) -
 
 
 def largest_shifts(llm, vectors: dict, prompts, completions) -> list[tuple[int, int, int, float]]:
-    """At every position of the answers the token that gains most: [(rollout, position, token, p(x; s) - p(x))]."""
+    """At every position of the answers the token that gains most: [(answer, position, token, p(x; s) - p(x))]."""
     found = []
     for (base, steered), row, position in next_tokens(llm, [{}, vectors], prompts, completions):
         most = (steered - base).max(-1)
@@ -453,10 +457,10 @@ def shifts_of(lab: Lab, run: Run) -> tuple[list, int, list]:
 @analysis("P4 Fig. 4 left, 13", most=1, takes=("lora",))
 def shift(lab: Lab, tokens: int = 5, positions: int = 60) -> dict:
     """
-    Which probabilities does it raise, and where? A position counts for one token, as in the authors' code.
+    Which probabilities does it raise, and where? Each position counts for one token, as in the authors' code.
 
-    The papers' 1,000 prompts: `analyze.py shift RUN --data data/deepscaler.jsonl --n 1000` (P4 Fig. 4), and
-    `--data data/open-s1.jsonl --n 1000` (Fig. 13). The files are made by data/prepare.py; theirs were drawn at random.
+    The papers used 1,000 random prompts: `--n 1000 --data data/deepscaler.jsonl` (P4 Fig. 4) or `data/open-s1.jsonl`
+    (Fig. 13) comes close.
     """
     (run,) = lab.runs
     largest, answers_read, [(first, times), *_] = shifts_of(lab, run)
@@ -487,7 +491,7 @@ def shift(lab: Lab, tokens: int = 5, positions: int = 60) -> dict:
 def prefix(lab: Lab) -> dict:
     """How much of the vector is its first token?"""
     (run,) = lab.runs
-    token = lab.args.token or piece(lab.tokenizer, shifts_of(lab, run)[2][0][0])  # the one most affected at position 0
+    token = lab.args.token or piece(lab.tokenizer, shifts_of(lab, run)[2][0][0])  # what gains most at position 0
     conditions = {"base": ({}, ""), f"base + {quoted(token)}": ({}, token), "vector": (run.vectors, "")}
     if lab.args.controls:
         conditions["random vector"] = ({p: random_like(s, lab.args.seed, p) for p, s in run.vectors.items()}, "")
@@ -495,20 +499,20 @@ def prefix(lab: Lab) -> dict:
     found, said, table = {}, [], []
     for decoding, T in (("greedy", 0.0), ("T = 1", 1.0)):
         row = {name: lab.accuracy(given, name, T, text) for name, (given, text) in conditions.items()}
-        base, forced, vector = list(row.values())[:3]
+        base, forced, vector, *_ = row.values()
         share = forced.share(base, vector)
+        table += over_base(row, decoding)
+        found[decoding] = row | {"share": share}
         gains = (vector - base).text("+"), (forced - base).text("+")
         said.append(f"{decoding}: the vector gains {gains[0]} points, the token {gains[1]}")
         said[-1] += "" if share.unclear else f", {share.plain()} of it"
-        table += [[decoding, name, one.text(), (one - base).text("+")] for name, one in row.items()]
-        found[decoding] = row | {"share": share}
     reading = f"The first token {quoted(token)}, forced, against the vector: " + "; ".join(said) + "."
     head = ["decoding", "condition", "right answers %", "over base"]
     return finding(reading, head, table, token=token, conditions=list(conditions), by_decoding=found)
 
 
 def after_attention(lab: Lab, run: Run) -> dict[str, dict]:
-    """P4 Fig. 6's form: s of layer l after the attention of the next block, or of the last; {} for other runs."""
+    """As in P4 Fig. 6, the vector of layer l after the attention of the next block, or of the last; else {}."""
     if list(map(type, run.vectors)) != [int] or lab.llm.config.model_type not in model.SITES_OF:
         return {}
     ((layer, s),) = run.vectors.items()
@@ -518,7 +522,7 @@ def after_attention(lab: Lab, run: Run) -> dict[str, dict]:
 
 @analysis("P4 Fig. 6", most=1, takes=("lora",), n=4)
 def case(lab: Lab) -> dict:
-    """What does it change in an answer, token by token? Delta p of the token that stands there, in two forms."""
+    """What does it change in an answer, token by token? The change in each token's p, with the vector at two places."""
     (run,) = lab.runs
     prompts, completions, _ = lab.answered(run.vectors, "steered")
     forms = {"At its own place": run.vectors} | after_attention(lab, run)
@@ -539,7 +543,7 @@ def case(lab: Lab) -> dict:
     tokens, said, table = [t for text in shown for t in text["tokens"]], [], []
     for form in forms:
         seen = [(quoted(t["text"]), t["base"], t["forms"][form]["steered"]) for t in tokens]
-        order = sorted(seen, key=lambda t: t[1] - t[2])
+        order = sorted(seen, key=lambda t: t[1] - t[2])  # the token that it raises most comes first
         (most, before, after), changed = order[0], sum(t["forms"][form]["differs"] for t in tokens)
         said.append(
             f"{form} the vector changes the most likely token at {changed} of {len(tokens)} positions in {len(shown)} "
@@ -556,34 +560,33 @@ def case(lab: Lab) -> dict:
 
 @analysis("P4 Fig. 1, 9; Tables 2 to 5", takes=("full",), accuracies=True)
 def sweep(lab: Lab) -> dict:
-    """Which layer to steer? One run may have all layers, and one all weights: the papers' upper lines."""
+    """Which layer to steer? With a run of --layer all and one of --method full it has the papers' upper lines, too."""
     full = [run for run in lab.runs if run.full]
     if len(full) > 1:
         sys.exit(f"sweep wants at most one run of all weights, got {', '.join(str(run.folder) for run in full)}")
     runs, whole = singles_and_all(lab)
     if not runs:
-        sys.exit("sweep wants one or more runs with a vector at a single layer: train.py --layer 14, say")
+        sys.exit("sweep wants at least one run with a vector at a single layer: train.py --layer 14, for example")
     if full and lab.args.tensor_parallel > 1:
-        sys.exit("--tensor-parallel wants 1 beside a run of all weights: they reach vLLM within one process only")
+        sys.exit("--tensor-parallel wants 1 with a run of all weights: they reach vLLM only inside one process")
     conditions = {"base": {}} | ({"all": whole.vectors} if whole else {})
     conditions |= {str(layer): run.vectors for layer, run in runs.items()}
     if lab.args.controls:
         for layer, run in runs.items():
             conditions[f"random {layer}"] = {layer: random_like(run.vectors[layer], lab.args.seed, layer)}
             conditions[f"moved {layer}"] = moved(run.vectors, lab.depth)
-    decodings, table, said = {"T = 1": 1.0, "greedy": 0.0}, [], []
+    decodings, said, table = {"T = 1": 1.0, "greedy": 0.0}, [], []
     found = {decoding: lab.compare(conditions, T) for decoding, T in decodings.items()}
-    for run in full:  # last, and back again: its weights take the base model's place
+    for run in full:  # its weights replace the base model's, so it comes last
         lab.subject.swap(str(run.folder / "weights"))
         for decoding, T in decodings.items():
             found[decoding]["full"] = lab.accuracy({}, "all weights", T)
         lab.subject.swap(lab.subject.name)
     for decoding, row in found.items():
         best = max(map(str, runs), key=lambda layer: row[layer].value)  # noqa: B023, used at once
-        said.append(f"{decoding}: base {row['base'].text()} %, best layer {best} {row[best].text()} %")
-        said[-1] += f", all layers {row['all'].text()} %" if whole else ""
-        said[-1] += f", all weights {row['full'].text()} %" if full else ""
-        table += [[decoding, name, one.text(), (one - row["base"]).text("+")] for name, one in row.items()]
+        named = {"base": "base", best: f"best layer {best}", "all": "all layers", "full": "all weights"}
+        said.append(f"{decoding}: " + ", ".join(f"{words} {row[k].text()} %" for k, words in named.items() if k in row))
+        table += over_base(row, decoding)
     head = ["decoding", "layer", "right answers %", "over base"]
     return finding("; ".join(said) + ".", head, table, layers=list(runs), depth=lab.depth, by_decoding=found)
 
@@ -593,8 +596,7 @@ def ablate(lab: Lab) -> dict:
     """Which vectors of a set matter? Leave one out, or keep only that one."""
     (run,) = lab.runs
     if len(run.vectors) < 2:
-        places = ", ".join(map(str, run.vectors))
-        sys.exit(f"ablate wants a run with several vectors, for example of --layer all; {run.folder} has {places}")
+        sys.exit(f"ablate wants a run with several vectors, for example of --layer all; {run.folder} has {run.places}")
     conditions = {"all": run.vectors, "base": {}}
     for place in run.vectors:
         conditions[f"without {place}"] = {other: s for other, s in run.vectors.items() if other != place}
@@ -616,8 +618,8 @@ def pair_gain(pair: Estimate, one: Estimate, other: Estimate, whole: Estimate) -
     What a pair of vectors gains over the better single one, which is chosen anew in every bootstrap draw (P1 Sec. 5).
 
     "share": (Acc(pair) - Acc(single)) / (Acc(all layers) - Acc(single)); (0.5, 0.2, 0.4, 0.6) -> 0.1 / 0.2.
-    "over_single": 0.5 - 0.4, which can be judged where the share cannot. "cross": the pair reaches 99 % of all layers
-    (P1 Fig. 5).
+    "over_single": 0.5 - 0.4, which has a meaning even if the share has none. "cross": the pair reaches 99 % of all
+    layers (P1 Fig. 5).
     """
     single = Estimate.largest(one, other)
     return {"share": pair.share(single, whole), "over_single": pair - single, "cross": pair.value >= 0.99 * whole.value}
@@ -625,7 +627,7 @@ def pair_gain(pair: Estimate, one: Estimate, other: Estimate, whole: Estimate) -
 
 @analysis("P1 Fig. 5, Table 2", least=3, accuracies=True)
 def compose(lab: Lab) -> dict:
-    """Do pairs of vectors add up? With --controls again with half of each: do their shifts add up to too much?"""
+    """Do pairs of vectors add up? --controls also adds half of each: is the sum of both just too large?"""
     runs, whole = singles_and_all(lab)
     if whole is None or len(runs) < 2:
         sys.exit("compose wants two or more single-layer runs and the all-layer run (train.py --layer all)")
@@ -637,8 +639,9 @@ def compose(lab: Lab) -> dict:
         conditions[f"half of {name}"] = {place: s / 2 for place, s in conditions[name].items()}
     found, gains, said, table = lab.compare(conditions), {}, [], []
     for kind, words in kinds.items():
-        singles = {name: (found[str(i)], found[str(j)]) for name, (i, j) in pairs.items()}
-        gain = {name: pair_gain(found[kind + name], *singles[name], found["all"]) for name in pairs}
+        gains[kind] = gain = {}
+        for name, (i, j) in pairs.items():
+            gain[name] = pair_gain(found[kind + name], found[str(i)], found[str(j)], found["all"])
         best = max(pairs, key=lambda name: found[kind + name].value)  # noqa: B023, used at once
         over = [g["over_single"] for g in gain.values()]
         below, above = sum(o.interval[1] < 0 for o in over), sum(o.interval[0] > 0 for o in over)
@@ -652,7 +655,6 @@ def compose(lab: Lab) -> dict:
         for name, g in gain.items():
             share = "not to be judged" if g["share"].unclear else g["share"].plain()
             table.append([kind + name, found[kind + name].text(), g["over_single"].text("+"), share])
-        gains[kind] = gain
     reading = " ".join(said) + f" All layers: {found['all'].text()} %."
     head = ["layers", "right answers %", "over the better single", "normalised gain"]
     both = {"gains": gains[""], "halves": gains.get("half of ")}
@@ -662,34 +664,33 @@ def compose(lab: Lab) -> dict:
 @analysis("P4 Fig. 10, P1 Fig. 8", takes=("lora",), accuracies=True)
 def sites(lab: Lab) -> dict:
     """Where in a layer does a vector work?"""
-    labels = [run.label for run in lab.runs]
-    labels = [str(run.folder.name) if labels.count(run.label) > 1 else run.label for run in lab.runs]
+    times = Counter(run.label for run in lab.runs)
+    labels = [run.label if times[run.label] == 1 else run.folder.name for run in lab.runs]
     found = lab.compare({"base": {}} | {label: run.vectors for label, run in zip(labels, lab.runs)})
     best, worst = (pick(labels, key=lambda name: found[name].value) for pick in (max, min))
     reading = f"Base {found['base'].text()} %; highest: {best}, {found[best].text()} %"
     reading += f"; lowest: {worst}, {found[worst].text()} %"
     if best != worst:
         reading += f"; their difference: {(found[best] - found[worst]).text('+')} points"
-    table = [[name, one.text(), (one - found["base"]).text("+")] for name, one in found.items()]
-    return finding(reading + ".", ["run", "right answers %", "over base"], table, conditions=found)
+    return finding(reading + ".", ["run", "right answers %", "over base"], over_base(found), conditions=found)
 
 
 @analysis("P4 App. F, Fig. 12", accuracies=True)
 def orthogonal(lab: Lab) -> dict:
     """Is there a second direction?"""
-    return sites(lab)  # accuracies of the base model and of each run, too
+    return sites(lab)
 
 
 @analysis("P4 Sec. 7, Table 1, App. J", takes=("lora",), accuracies=True)
 def transfer(lab: Lab) -> dict:
-    """Do vectors work in other models? Their gain there, as a share of what the recipient's own vectors gain."""
+    """Do vectors work in other models? Their gain there, as a share of the gain of the recipient's own vectors."""
     found, table, foreign = {}, [], []
     for recipient in lab.recipients:
         row = {"base": lab.accuracy({}, f"{recipient.name}, base", subject=recipient)}
-        for run in lab.runs:  # exits if the sizes differ
+        for run in lab.runs:
             vectors, _ = model.load_vectors(run.folder / "vectors.safetensors", recipient.config)
             row[run.folder.name] = lab.accuracy(vectors, f"{recipient.name}, {run.folder.name}", subject=recipient)
-        vars(recipient).pop("loaded", None)  # one at a time: they may be large
+        vars(recipient).pop("loaded", None)  # free the memory for the next model
         own = next((run.folder.name for run in lab.runs if run.config["model"] == recipient.name), None)
         shares = {name: row[name].share(row["base"], row[own]) for name in row if own and name != "base"}
         found[recipient.name] = {"accuracies": row, "shares": shares}
@@ -698,10 +699,10 @@ def transfer(lab: Lab) -> dict:
             share = shares[name].plain() if name in shares and not shares[name].unclear else ""
             table.append([recipient.name, name, row[name].text(), gain.text("+"), share])
             if run.config["model"] != recipient.name:
-                foreign.append((gain.value, name, recipient.name, gain.text("+"), share))
+                foreign.append((gain.value, table[-1]))
     reading = "No vectors came from another model."
     if foreign:
-        _, donor, name, gain, share = max(foreign)
+        name, donor, _, gain, share = max(foreign)[1]
         reading = f"The largest transfer: vectors of {donor} in {name} gain {gain} points"
         reading += f", {share} of what its own gain." if share else "."
     head = ["recipient", "vectors of", "right answers %", "gain", "share of the own gain"]
@@ -716,9 +717,9 @@ def shift_sums(llm, vectors: dict, prompts, completions, layers: list[int]) -> t
     """
     Sums over the tokens of each text of Delta / |Delta| and of Delta = F_l(x; s) - F_l(x), after layer l (P4 Sec. 4).
 
-    The prompt's tokens count, the last two of a text do not, as in the authors' code (match_effect.py).
-    Returns (units, shifts, counts): (n, len(layers), D) twice, fp32, and (n,).
-    These give mean cosines: mean over tokens of cos(Delta, m) = (sum of Delta / |Delta|) . m / (|m| count).
+    As in the authors' code (match_effect.py), the prompt's tokens count, and the last two of a text do not.
+    Returns (units, shifts, counts): (n, len(layers), D) twice, fp32, and (n,). They are all that a mean cosine needs:
+    mean over tokens of cos(Delta, m) = (sum of Delta / |Delta|) . m / (|m| count).
     """
     units = torch.zeros(len(prompts), len(layers), llm.config.hidden_size)
     shifts, counts = torch.zeros_like(units), torch.zeros(len(prompts))
@@ -737,7 +738,7 @@ def shift_sums(llm, vectors: dict, prompts, completions, layers: list[int]) -> t
             units[batch, i], shifts[batch, i] = unit.sum(1).cpu(), delta.sum(1).cpu()  # noqa: B023
 
         for given, look in (({}, see), (vectors, compare)):
-            with model.steer(llm, given):  # first, for hooks run in the order in which they were made
+            with model.steer(llm, given):  # first, because hooks run in the order in which they were made
                 with model.hooks([(model.decoder_layers(llm)[layer], partial(look, layer)) for layer in layers]):
                     model.read(llm, *texts)
     return units, shifts, counts
@@ -745,11 +746,11 @@ def shift_sums(llm, vectors: dict, prompts, completions, layers: list[int]) -> t
 
 def persistence_of(units, shifts, counts, targets: dict[int, torch.Tensor], layers: list[int]) -> dict[str, list]:
     """
-    Mean cosines of one injection layer with every later layer l, from shift_sums; each over all tokens of all texts:
+    Mean cosines, over all tokens of all texts, after the layer of the vector and every later layer l; from shift_sums.
 
-    diff_diff = E[cos(Delta_l, E Delta_l)], E over all texts (P4 Sec. 4); diff_diff_authors: against the mean over the
-    token's own text, as the authors' code has it and so P4 Tables 6 and 7; diff_vector = E[cos(Delta_l, s_l)], None
-    where targets has no s_l.
+    diff_diff = E[cos(Delta_l, E Delta_l)], E over all texts (P4 Sec. 4). diff_diff_authors has the mean of the token's
+    own text instead of E Delta_l, as the authors' code and so P4 Tables 6 and 7. diff_vector = E[cos(Delta_l, s_l)];
+    None if targets has no s_l.
     """
     found = {"diff_diff": [], "diff_diff_authors": [], "diff_vector": []}
     W = resampled(len(counts))  # (draws + 1, n)
@@ -766,7 +767,7 @@ def persistence_of(units, shifts, counts, targets: dict[int, torch.Tensor], laye
 
 @analysis("P4 Sec. 4, Fig. 2, Tables 6 and 7")
 def persistence(lab: Lab) -> dict:
-    """How does the shift that a vector makes change on its way through later layers?"""
+    """How does the shift that a vector makes change on its way through the later layers?"""
     runs, found, table, least = layer_vectors(lab), {}, [], {}
     kinds = {"diff_diff": "Diff-Diff", "diff_diff_authors": "Diff-Diff, own text", "diff_vector": "Diff-Vector"}
     targets = {layer: run.vectors[layer] for layer, run in runs.items()}
@@ -775,7 +776,7 @@ def persistence(lab: Lab) -> dict:
         prompts, completions, _ = lab.answered(run.vectors, f"layer {layer}")
         later = list(range(layer, lab.depth))
         sums = shift_sums(lab.llm, run.vectors, prompts, completions, later)
-        return as_json({"layers": later} | persistence_of(*sums, targets, later))
+        return {"layers": later} | persistence_of(*sums, targets, later)
 
     for layer, run in runs.items():
         found[str(layer)] = lab.once(f"persistence {identity(targets)}", run.vectors, partial(compute, layer, run))
@@ -805,37 +806,39 @@ def similarity(lab: Lab) -> dict:
         means.append(normalize((W @ shifts[:, 0]) / (W @ counts)[:, None], dim=-1))
     M = torch.stack(means, 1)  # (draws + 1, runs, D)
     draws, layers = (M @ M.transpose(1, 2)).numpy(), list(runs)  # (draws + 1, runs, runs)
-    pairs = [(Estimate(float(draws[0, i, j]), draws[1:, i, j]), j, i) for i in range(len(layers)) for j in range(i)]
-    least, j, i = min(pairs, key=lambda pair: pair[0].value)
+    pairs = {}
+    for i, j in zip(*np.tril_indices(len(layers), -1)):
+        pairs[layers[j], layers[i]] = Estimate(float(draws[0, i, j]), draws[1:, i, j])
+    one, other = least = min(pairs, key=lambda pair: pairs[pair].value)
     reading = (
-        f"The mean shifts at the last block are least alike for layers {layers[j]} and {layers[i]}: cosine "
-        f"{least.plain()}; the median of all pairs is {statistics.median(e.value for e, *_ in pairs):.2f}."
+        f"The mean shifts at the last block are least alike for layers {one} and {other}: cosine "
+        f"{pairs[least].plain()}; the median of all pairs is {statistics.median(e.value for e in pairs.values()):.2f}."
     )
-    table = [[str(layers[j]), str(layers[i]), e.plain()] for e, j, i in pairs]
-    listed = [e.json() | {"layers": [layers[j], layers[i]]} for e, j, i in pairs]
+    table = [[str(one), str(other), e.plain()] for (one, other), e in pairs.items()]
+    listed = [e.json() | {"layers": pair} for pair, e in pairs.items()]
     numbers = {"layers": layers, "cosine": draws[0].tolist(), "pairs": listed}
     return finding(reading, ["layer", "layer", "cosine"], table, **numbers)
 
 
 # --------------------------------------------------------------------------------------------------------------- patch
 
-# Block l turns the residual stream X into Y = X + MHA(LN(X)) and Z = Y + MLP(LN(Y)). A vector s of layer l-1 is added
-# to X and so takes several paths at once: past the block, through its MLP, through every query, key and value head.
-# Each condition opens some of them (P4 Sec. 6):
+# Block l turns the residual stream X into Y = X + MHA(LN(X)) and then Z = Y + MLP(LN(Y)). A vector s of layer l-1 is
+# added to X, so it takes several paths at once: past the block, through its MLP, and through every query, key and value
+# head. Each condition opens some of these paths (P4 Sec. 6):
 #
 #   Unmodified      X <- X + s: all paths
-#   Skip-Attn       Y <- Y + s: past the attention alone
-#   Skip-Layer      Z <- Z + s: past the block alone
+#   Skip-Attn       Y <- Y + s: all but the attention
+#   Skip-Layer      Z <- Z + s: only past the block
 #   Steer-Q/K/V i   Skip-Attn, and head i of one projection sees s
 #   Steer-Head i    Skip-Attn, and all of head i sees s
 #   Skip-Head i     Unmodified, but head i does not see s
 
 
 def block_after(llm, layer: int):
-    """Block l = layer + 1, which the vector of `layer` enters, with its (query heads, key-value heads); or one line."""
+    """(block l = layer + 1, which the vector of `layer` enters; number of its query heads; of its key-value heads)."""
     depth = len(model.decoder_layers(llm))
     if layer + 1 >= depth:
-        sys.exit(f"layer {layer} is the last of {depth}: no block follows it; take a run of --layer {depth - 2}, say")
+        sys.exit(f"layer {layer} is the last of {depth}: no block follows it; take a run of --layer {depth - 2}")
     block = model.decoder_layers(llm)[layer + 1]
     model.site_module(llm, f"{layer + 1}.attention")  # exits for a model whose blocks are not known
     attention = block.self_attn
@@ -865,21 +868,20 @@ def patched(llm, layer: int, s: torch.Tensor, q=(), k=(), v=(), whole=False, thr
     """
     Inside the context, s of `layer` enters the next block after its attention, Y <- Y + s, and through these heads.
 
-    Head i in q: U W_Q[i] -> U' W_Q[i]; k and v alike, with key-value heads. whole: k and v name query heads instead,
-    each of which then has its own keys and values. U' = LN(X + s), as in the authors' code; with through_norm=False U'
-    = LN(X) + s, as P4 Sec. 6 writes it. No head at all is Skip-Attn. s: (D,).
+    For head i in q, U W_Q[i] becomes U' W_Q[i]; for key-value heads in k and v alike. whole: k and v name query heads,
+    each of which gets its own keys and values. U' = LN(X + s), as in the authors' code, or with through_norm=False
+    LN(X) + s, as P4 Sec. 6 writes it. Without any head this is Skip-Attn. s: (D,).
     """
     block, _, _ = block_after(llm, layer)
     attention, seen, s = block.self_attn, {}, s.to(llm.device)
 
-    def norm(module, args, output):  # .forward, here and below, is the module without its hooks
+    def norm(module, args, output):  # .forward, here and below, runs the module without its hooks
         seen["U'"] = module.forward(args[0] + s.to(args[0].dtype)) if through_norm else output + s.to(output.dtype)
 
     def project(heads, module, args, output):
-        column = torch.arange(output.shape[-1], device=output.device) // attention.head_dim  # the head of every column
-        mine = torch.isin(column, torch.tensor(list(heads), device=output.device))
-        # all heads are computed: s = 0 then changes no bit
-        return torch.where(mine, module.forward(seen["U'"]), output)
+        head_of = torch.arange(output.shape[-1], device=output.device) // attention.head_dim  # of every column
+        chosen = torch.isin(head_of, torch.tensor(list(heads), device=output.device))
+        return torch.where(chosen, module.forward(seen["U'"]), output)  # computes all heads: s = 0 changes no bit
 
     with ungrouped(attention) if whole else ExitStack(), model.steer(llm, {f"{layer + 1}.attention": s}):
         projections = (attention.q_proj, q), (attention.k_proj, k), (attention.v_proj, v)
@@ -889,12 +891,12 @@ def patched(llm, layer: int, s: torch.Tensor, q=(), k=(), v=(), whole=False, thr
 
 
 def lines_past(layer: int, s: torch.Tensor) -> dict[str, dict]:
-    """The conditions without heads are vectors at other places: {name: vectors}."""
+    """The conditions that name no head are vectors at other places: {name: vectors}."""
     return {"Unmodified": {layer: s}, "Skip-Attn": {f"{layer + 1}.attention": s}, "Skip-Layer": {layer + 1: s}}
 
 
 def head_ways(llm, layer: int, s: torch.Tensor, through_norm=True) -> dict[str, list]:
-    """The conditions with heads, each a function that makes its context: {sweep: [of head 0, of head 1, ...]}."""
+    """The conditions that name a head, each a function that makes its context: {sweep: [of head 0, head 1, ...]}."""
     _, queries, keys = block_after(llm, layer)
     way = partial(patched, llm, layer, s, through_norm=through_norm)
     every = range(queries)
@@ -908,12 +910,12 @@ def head_ways(llm, layer: int, s: torch.Tensor, through_norm=True) -> dict[str, 
 
 
 def kl(llm, h_p: torch.Tensor, h_q: torch.Tensor, chunk=512) -> torch.Tensor:
-    """KL(p || q) = sum_v p(v) (log p(v) - log q(v)) of the next tokens that two states give. (n, D) -> (n,) nats."""
+    """KL(p || q) = sum_v p(v) (log p(v) - log q(v)) of next tokens, from the states of both. (n, D) -> (n,) nats."""
     return torch.cat([(p.exp() * (p - q)).sum(-1) for p, q in log_probs(llm, h_p, h_q, chunk=chunk)])
 
 
 def kl_sums(llm, ways: dict, prompts, completions, tokens=4096) -> dict[str, list[float]]:
-    """KL(Unmodified || way), summed over the tokens of each answer, nats: {way: [one number for each answer]}."""
+    """KL(Unmodified || way) in nats, summed over the tokens of each answer: {way: [one number for each answer]}."""
     sums = {name: [0.0] * len(prompts) for name in ways}
     for batch, *texts in batches_of(prompts, completions, tokens, desc="patch"):
         full = states(llm, ways["Unmodified"], *texts)
@@ -926,10 +928,10 @@ def kl_sums(llm, ways: dict, prompts, completions, tokens=4096) -> dict[str, lis
 
 def recovery(lost: list[float], base: list[float], reference: list[float] | None = None) -> Estimate:
     """
-    1 - KL(full || patched) / KL(full || base): 1 is the steered model, 0 the base.
+    1 - KL(full || patched) / KL(full || base): 1 for the steered model, 0 for the base model.
 
-    lost, base: of each problem, the KL summed over its tokens, so that the ratio is that of the means over all tokens.
-    reference: minus the recovery of another way with these sums. [1, 2], [4, 8] -> 0.75; with [2, 4] -> 0.25
+    lost, base: KL of each problem, summed over its tokens, so that all tokens weigh alike in the ratio.
+    reference: sums of another condition, whose recovery is subtracted. [1, 2], [4, 8] -> 0.75; with [2, 4] -> 0.25
     """
     start = base if reference is None else reference
     saved = [[x - y] for x, y in zip(start, lost, strict=True)]
@@ -938,22 +940,21 @@ def recovery(lost: list[float], base: list[float], reference: list[float] | None
 
 def familywise_p(gains: list[list[float]], draws=10_000, seed=0) -> list[float]:
     """
-    For every head, the p-value of "it changes nothing", adjusted for their number by sign flips (Westfall-Young).
+    For every head the p-value of "it changes nothing", adjusted for the number of heads by sign flips (Westfall-Young).
 
-    gains: (heads, N), the head's KL against the reference's, problem by problem; without an effect both signs are as
+    gains: (heads, N), KL of the reference minus that of the head, by problem. Without an effect both signs are equally
     likely. p = share of draws of N signs in which some head is as far from 0 as this one. [[1, 1, 1]] -> about 2/8.
     """
     d = torch.tensor(gains, dtype=torch.float64)
-    size = d.norm(dim=1).clamp(min=1e-300)  # flips leave it as it is, so this statistic orders the draws as t does
+    size = d.norm(dim=1).clamp(min=1e-300)  # sign flips do not change it, so sum / size orders the draws as t does
     signs = torch.randint(0, 2, (draws, d.shape[1]), generator=torch.Generator().manual_seed(seed)).double() * 2 - 1
     largest = ((signs @ d.T).abs() / size).amax(1)  # (draws,)
-    # the draw of all plus signs is as far as the data, whatever the order of the sum
-    t = d.sum(1).abs() / size * (1 - 1e-9)
+    t = d.sum(1).abs() / size * (1 - 1e-9)  # less, so that the draw of all plus signs counts despite rounding
     return ((1 + (largest[:, None] >= t).sum(0)) / (1 + draws)).tolist()
 
 
 def no_change(llm, layer: int, s: torch.Tensor, prompts, completions, through_norm=True) -> dict[str, float]:
-    """Controls: patches of a zero vector on the steered model change nothing, with un-grouped heads up to rounding."""
+    """Controls: patching the steered model with a zero vector changes nothing (with ungrouped heads: only rounding)."""
     _, queries, keys = block_after(llm, layer)
     q, kv, zero = range(queries), range(keys), torch.zeros_like(s)
     steered, found = partial(model.steer, llm, {layer: s}), {}
@@ -966,7 +967,7 @@ def no_change(llm, layer: int, s: torch.Tensor, prompts, completions, through_no
 
 
 def under(lab: Lab, name: str, way, vectors: dict) -> Estimate:
-    """Accuracy inside the context that way() makes, asked as in Lab.accuracy. vectors: what it depends on."""
+    """The accuracy inside the context way(), measured as in Lab.accuracy. vectors: what it depends on."""
     T = lab.args.temperature
 
     def right(problems, k, seed):
@@ -974,26 +975,23 @@ def under(lab: Lab, name: str, way, vectors: dict) -> Estimate:
             with way():
                 return lab.subject.rollouts({}, problems.rows, k, temperature=T, seed=seed).texts
 
-        # texts, not grades: a mended grader grades them again
+        # texts are kept, not grades, so that a corrected grader can grade them again
         texts = lab.once(f"accuracy {name}, {problems.name}, seed {seed}", vectors, ask)
-        flat = grade(texts, [row["answer"] for row in problems.rows for _ in range(k)])
+        flat = grade(texts, [row["answer"] for row in problems.rows for _ in range(k)], lab.subject.form)
         return [flat[i : i + k] for i in range(0, len(flat), k)]
 
     return lab.over_sets(right, T)
 
 
 def conditions_without_heads(lab: Lab) -> tuple[int, torch.Tensor, dict[str, dict]]:
-    """(layer, its vector, {name: vectors}) of `patch`; exits with one line where there is nothing to follow."""
-    (layer,) = layer_vectors(lab, lab.runs[:1])
-    s = lab.runs[0].vectors[layer]
+    """(layer, its vector, {name: vectors}) of `patch`; exits with one line if there is no effect to follow."""
+    layer, *others = runs = layer_vectors(lab)
+    s = runs[layer].vectors[layer]
     if not s.any():
         sys.exit(f"the vector of layer {layer} is zero: there is no effect to follow; train it first")
-    lines = lines_past(layer, s)
-    for other in lab.runs[1:]:
-        if list(other.vectors) != [layer + 1]:
-            places = ", ".join(map(str, other.vectors))
-            sys.exit(f"the second run must have one vector, at layer {layer + 1}; {other.folder} has {places}")
-        lines["next vector"] = other.vectors
+    if others not in ([], [layer + 1]):
+        sys.exit(f"patch wants the second run's vector at layer {layer + 1}, right after the first, got {others[0]}")
+    lines = lines_past(layer, s) | ({"next vector": runs[layer + 1].vectors} if others else {})
     for seed in range(2):
         chance = lines_past(layer, random_like(s, seed, layer))
         lines |= {f"random {seed}, {name}": chance[name] for name in ("Unmodified", "Skip-Attn")}
@@ -1003,10 +1001,10 @@ def conditions_without_heads(lab: Lab) -> tuple[int, torch.Tensor, dict[str, dic
 @analysis("P4 Fig. 5, 7, 8, App. I", most=2, accuracies=True)
 def patch(lab: Lab) -> dict:
     """
-    Through which part of the next block does it act? A second run has the next layer's own vector.
+    Through which part of the next block does it act? Give the run of the next layer's own vector, too, to compare.
 
-    Recovery is measured on one answer of the steered model to each problem, for every head. Accuracy is that of new
-    answers under each condition without heads, with --sample-heads (the papers' Fig. 5) of the others too.
+    Recovery is measured for every condition, on one answer of the steered model to each problem. Accuracy is that of
+    new answers under each condition that names no head; with --sample-heads (the papers' Fig. 5) under all.
     """
     layer, s, lines = conditions_without_heads(lab)
     block_after(lab.llm, layer)  # exits before anything is sampled
@@ -1015,11 +1013,11 @@ def patch(lab: Lab) -> dict:
     heads = {f"{sweep} {i}": way for sweep, ways in sweeps.items() for i, way in enumerate(ways)}
     q, kv = range(len(sweeps["Steer-Q"])), range(len(sweeps["Steer-K"]))
     ways = {name: partial(model.steer, lab.llm, vectors) for name, vectors in lines.items()} | heads
-    ways["all heads"] = partial(patched, lab.llm, layer, s, q, kv, kv)  # through the norm: the steered model again
+    ways["all heads"] = partial(patched, lab.llm, layer, s, q, kv, kv)  # should be the steered model again
     every = {f"{name} {place}": vector for name, vectors in lines.items() for place, vector in vectors.items()}
     lost = lab.once("patch", every, lambda: kl_sums(lab.llm, ways, prompts, completions))
     rounding = lab.once("floor", {layer: s}, lambda: floor(lab.llm, prompts, completions))
-    steered = [name for name in heads if name.startswith("Steer")]  # Skip-Head has no reference to be better than
+    steered = [name for name in heads if name.startswith("Steer")]  # these are compared with Skip-Attn
     if not any(lost["base"]):
         sys.exit("the vector changes no probability in this dtype: there is no effect to follow")
     p = familywise_p([[x - y for x, y in zip(lost["Skip-Attn"], lost[name])] for name in steered])
@@ -1054,7 +1052,7 @@ def patch(lab: Lab) -> dict:
 
 @contextmanager
 def eager(llm):
-    """Inside the context, attention is computed by plain products, the only way that gives its weights."""
+    """Inside the context, attention is computed by plain matrix products, the only way that returns its weights."""
     before = llm.config._attn_implementation
     llm.set_attn_implementation("eager")
     try:
@@ -1065,10 +1063,10 @@ def eager(llm):
 
 @torch.no_grad()
 def patterns(llm, prompt: list[int], answer: list[int], queries, reduce=lambda layer, pattern: pattern) -> dict:
-    """Read one text: {layer: reduce(layer, pattern)}; pattern: (H, Q, T) fp32, weights of the queries on all keys."""
+    """Read one text: {layer: reduce(layer, pattern)}. pattern: (H, Q, T) fp32, the queries' weights on all keys."""
     found = {}
 
-    def see(layer, module, args, output):  # output[1]: (1, H, T, T), which does not outlive its layer
+    def see(layer, module, args, output):  # output[1]: (1, H, T, T), reduced at once to save memory
         found[layer] = reduce(layer, output[1][0, :, queries].float())
 
     blocks = enumerate(model.decoder_layers(llm))
@@ -1079,7 +1077,7 @@ def patterns(llm, prompt: list[int], answer: list[int], queries, reduce=lambda l
 
 def pattern_kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     """KL(p || q) of attention rows, mean over the queries: (H, Q, T) twice -> (H,) nats. Masked keys are 0 in both."""
-    p, q = (x / x.sum(-1, keepdim=True) for x in (p, q))  # bf16 rows add up to 1 only roughly
+    p, q = (x / x.sum(-1, keepdim=True) for x in (p, q))  # rows in bf16 only roughly add up to 1
     tiny = torch.finfo(torch.float32).tiny
     return (p * (p.clamp(min=tiny).log() - q.clamp(min=tiny).log())).sum(-1).mean(-1)
 
@@ -1088,9 +1086,9 @@ def attention_kl(llm, vectors: dict, prompts, completions, queries=128, seed=0) 
     """
     KL(steered || base) of the attention patterns of given texts, by layer and head: {"steered": (N, L, H), ...} nats.
 
-    Beside it the same KL for "random" vectors of equal norms, and the "floor": the base model in another dtype (bf16
-    for an fp32 model, fp32 else) against itself. Mean over query positions, prompt included, at most `queries` of them
-    in even steps (all layers' rows of the base model are kept meanwhile); the first sees one key only and is left out.
+    Also the same KL for "random" vectors of equal norms, and the "floor", the base model against itself in another
+    dtype. Mean over at most `queries` positions in even steps, prompt included, because the base model's rows are held
+    in memory for all layers. The first position is left out: it sees only one key.
     """
     other = other_dtype(llm)
     chance = {place: random_like(s, seed, place) for place, s in vectors.items()}
@@ -1108,7 +1106,7 @@ def attention_kl(llm, vectors: dict, prompts, completions, queries=128, seed=0) 
 
 
 def first_seen(place) -> int:
-    """The first layer whose attention a vector at this place can change: its own, if the vector comes before it."""
+    """The first layer whose attention a vector at this place can change: its own, if the vector stands before it."""
     layer, site, *_ = model.split(place)
     return layer + (not site.startswith(("input", "self_attn.q", "self_attn.k")))
 
@@ -1122,7 +1120,7 @@ def attention(lab: Lab) -> dict:
     each = {name: torch.tensor(x) for name, x in found.items()}  # (N, L, H)
     by_layer = {name: [Estimate.of(x[:, l].tolist()) for l in range(lab.depth)] for name, x in each.items()}
     by_head = {name: x.mean(0) for name, x in each.items()}
-    above = min(map(first_seen, run.vectors))  # below nothing can change
+    above = min(map(first_seen, run.vectors))  # nothing can change below
     reading = f"The vector is at the last layer, {above - 1}: no attention comes after it, so none can change."
     total = None
     if above < lab.depth:
@@ -1146,7 +1144,7 @@ def attention(lab: Lab) -> dict:
 
 @torch.no_grad()
 def token_scales(llm, vectors: dict, prompts, completions) -> dict[str, list[list[float]]]:
-    """|B| A x_t of every token of each text under rank-1 LoRAs, x the input of the module: {place of A: [text]}."""
+    """|B| A x_t of every token under rank-1 LoRAs, x the input of the module: {place of A: [numbers of a text]}."""
     sizes = {place: [[] for _ in prompts] for place in vectors if model.split(place).matrix == "lora_A"}
     for batch, *texts in batches_of(prompts, completions):
 
@@ -1165,7 +1163,7 @@ def token_scales(llm, vectors: dict, prompts, completions) -> dict[str, list[lis
 
 @analysis("P1 abstract (iii), B App. D", most=1, takes=("lora",))
 def scale(lab: Lab) -> dict:
-    """At which tokens does a rank-1 LoRA act? The size |B| A x_t of what it adds, x the input of its module."""
+    """At which tokens does a rank-1 LoRA act? The size |B| A x_t of what it adds, where x is its module's input."""
     (run,) = lab.runs
     if {s.shape[0] for place, s in run.vectors.items() if model.split(place).matrix == "lora_A"} != {1}:
         shapes = {place: tuple(s.shape) for place, s in run.vectors.items()}
@@ -1192,18 +1190,18 @@ def scale(lab: Lab) -> dict:
 
 @analysis("B Tables 3, 5", takes=("lora", "full"), n=None)
 def cost(lab: Lab) -> dict:
-    """What does training cost, and what does it bring, if evaluate.py has measured it?"""
+    """What does training cost, and, if evaluate.py has measured it, what does it bring?"""
     found, table, columns = {}, [], {}
     for run in lab.runs:
         if not (run.folder / "state.pt").is_file() or not (steps := lines_of(run.folder / "metrics.jsonl")):
             sys.exit(f"{run.folder} has no state.pt or metrics.jsonl of train.py; train it again, or leave it out")
         state = torch.load(run.folder / "state.pt", map_location="cpu", weights_only=True, mmap=True)["trained"]
         moments = [x for one in state.values() for name, x in one.items() if name != "value"]
-        parts = ["seconds_sampling", "seconds_grading", "seconds_training"]  # vectors reach vLLM within the sampling
-        parts += ["seconds_sync"] * run.full
+        parts = ["seconds_sampling", "seconds_grading", "seconds_training"]
+        parts += ["seconds_sync"] * run.full  # the sync of vectors is a part of the sampling
         found[run.folder.name] = row = {
             "trained_parameters": sum(one["value"].numel() for one in state.values()),
-            "optimizer_bytes": sum(x.numel() * x.element_size() for x in moments),  # Adam's moments, over all processes
+            "optimizer_bytes": sum(x.numel() * x.element_size() for x in moments),  # of all processes together
             "training_seconds": sum(step.get(part, 0.0) for step in steps for part in parts),
             "update_seconds": statistics.median(step["seconds_update"] for step in steps),
             "sync_seconds": statistics.median(step["seconds_sync"] for step in steps),
@@ -1235,17 +1233,10 @@ def cost(lab: Lab) -> dict:
 # ----------------------------------------------------------------------------------------------------------------- main
 
 
-def as_json(found):
-    """Numbers as the file holds them: an Estimate as its value and interval, keys as texts."""
-    return json.loads(json.dumps(found, default=Estimate.json, ensure_ascii=False))
-
-
 def listed() -> str:
     """The analyses, their questions and where the papers have them, for --help."""
-    lines = ["Analyses:"]
-    for name, one in ANALYSES.items():
-        lines.append(f"  {name:12} {(one.compute.__doc__ or '?').strip().splitlines()[0]} ({one.papers})")
-    return "\n".join(lines)
+    first = {name: (one.compute.__doc__ or "?").strip().splitlines()[0] for name, one in ANALYSES.items()}
+    return "\n".join(["Analyses:", *(f"  {name:12} {first[name]} ({ANALYSES[name].papers})" for name in first)])
 
 
 def check(args: Config) -> None:
@@ -1257,7 +1248,7 @@ def check(args: Config) -> None:
     if args.benchmarks and args.data:
         sys.exit("give either --benchmarks or --data")
     if not ANALYSES[args.name].accuracies and (len(args.benchmarks) > 1 or "all" in args.benchmarks):
-        sys.exit(f"{args.name} reads answers to one file of problems: give one of the benchmarks")
+        sys.exit(f"{args.name} reads answers to one file of problems: give a single benchmark")
     least, most, given = ANALYSES[args.name].least, ANALYSES[args.name].most, len(args.runs)
     if given < least or given > (most or given):
         wanted = f"{least} or more" if most is None else f"{least} to {most}" if least < most else f"{least}"
@@ -1270,11 +1261,12 @@ def command(args: Config) -> str:
     """The command line that makes these numbers."""
     given = [args.name, *args.runs]
     for name, value in asdict(args).items():
-        if name not in ("name", "runs", "out", "device") and value != getattr(Config, name, None):
-            if isinstance(value, bool):
-                given.append(flag(name) if value else flag(f"no_{name}"))
-            else:
-                given += [flag(name), *map(str, value if isinstance(value, tuple) else [value])]
+        if name in ("name", "runs", "out", "device") or value == getattr(Config, name, None):
+            continue
+        if isinstance(value, bool):
+            given.append(flag(name) if value else flag(f"no_{name}"))
+        else:
+            given += [flag(name), *map(str, value if isinstance(value, tuple) else [value])]
     return "python analyze.py " + shlex.join(given)
 
 
@@ -1286,11 +1278,11 @@ def main(args: Config) -> dict | None:
     lab = open_lab(args)
     folder = Path(args.out or (lab.runs[0].folder / "figures" if len(lab.runs) == 1 else "out/figures"))
     path = folder / f"{args.name}.json"
-    doc = None if args.name == "cost" else kept(path, lab.key)  # cost reads files alone, whose contents change
+    doc = None if args.name == "cost" else kept(path, lab.key)  # the key does not know the files that cost reads
     if doc is None:
         about = {"name": args.name, "command": command(args), "about": lab.about}
         with waiting(args.name):
-            doc = keep(path, lab.key, as_json(about | ANALYSES[args.name].compute(lab)))
+            doc = keep(path, lab.key, about | ANALYSES[args.name].compute(lab))
         write(path.with_suffix(".md"), f"{doc['reading']}\n\n{markdown(*doc['table'])}\n")
     draw(args.name, doc, path.with_suffix(".png"))
     print(f"{doc['reading']}\nwrote {path} and {path.with_suffix('.png')}")

@@ -37,7 +37,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCa
 from transformers.cache_utils import DynamicCache
 from transformers.utils import logging
 
-from data.problems import prompt_ids
+from data.problems import prompt_ids, template_of
 from plumbing import fast, gguf_file, memory
 from plumbing.bars import Bar, waiting
 from plumbing.fast import batches
@@ -239,15 +239,15 @@ def steer(llm, vectors: dict):
 def _add(llm, where, s, B, module, args, h):
     """h + s, or with a LoRA's A as s and its B: h + B A x. h: (B, T, D), x: (B, T, F)."""
     if B is None:
-        step = s.to(h.dtype)  # s itself stays fp32: small Adam steps vanish in bf16
+        added = s.to(h.dtype)  # s itself stays fp32: small Adam steps vanish in bf16
     else:
-        step = (args[0] @ s.to(h.dtype).T) @ B.to(h.dtype).T
+        added = (args[0] @ s.to(h.dtype).T) @ B.to(h.dtype).T
     if where == "answer":  # (B, T), True there, or (1, 1) while an answer is decoded
         mask = getattr(llm, "answer_positions", None)
         known = mask is not None and mask.shape in (h.shape[:2], (1, 1))
         assert known, "@answer works in model.sample and model.read only"
-        step = step * mask.to(h.dtype)[..., None]
-    return h + step  # not +=, another hook may hold h
+        added = added * mask.to(h.dtype)[..., None]
+    return h + added  # not +=, another hook may hold h
 
 
 @torch.no_grad()
@@ -492,12 +492,12 @@ def token_logps(llm, prompts: list, completions: list, temperature=1.0, chunk=No
     def score(x, y):  # (chunk, D), (chunk,) -> (chunk,)
         return (logits(llm, x) / temperature).log_softmax(-1).gather(-1, y[:, None]).squeeze(-1)
 
-    chunk, logps = chunk or memory.head_rows(len(head)), []
+    chunk, logps = chunk or memory.head_rows(len(head), llm.device), []
     for x, y in zip(h.split(chunk), target.split(chunk)):
         if head.requires_grad:  # its own gradient needs the logits again
             logps.append(checkpoint(score, x, y, use_reentrant=False))
         elif torch.is_grad_enabled() and x.requires_grad:
-            logps.append(fast.ChosenLogps.apply(x, partial(score, y=y)))
+            logps.append(fast.ChosenLogps.apply(x, y, partial(logits, llm, dtype=None), temperature))
         else:
             logps.append(score(x, y))
     lengths = torch.tensor([len(c) for c in completions], device=h.device)
@@ -617,6 +617,12 @@ class Subject(Asking):
             if self.started is not None:
                 self.started.push_weights(llm)
         return llm
+
+    @property
+    def form(self) -> str:
+        """Where the prompt asks for the answer, one of rewards.FORMS: r1 asks for a tag, the others for a box."""
+        template = self.template or template_of(self.tokenizer)
+        return "answer" if template == "r1" else "box"
 
     def swap(self, name: str) -> None:
         """Take the weights of another model of the same shape (a run's of --method full) when they are next needed."""

@@ -12,13 +12,13 @@ $ python train.py --layer 27 --resume                # goes on where a run was s
 
 %: right answers to held-out problems at T = 1. Each command takes 2 to 5 minutes.
 
-The loop in `main` is the paper's. Sample k answers to each of N problems from the steered model. The reward is
-1 if the boxed answer is right. Advantage = reward minus the mean of the prompt's other rewards. Then one Adam
-step on the vectors. No KL, no clipped ratio, no standard deviation, one update per batch of rollouts.
+The loop in `main` is the paper's. Sample k answers to each of N problems from the steered model. The reward is 1 if the
+boxed answer is right. The advantage is the reward minus the mean of the prompt's other rewards. Then Adam takes one
+step on the vectors. There is no KL, no clipped ratio, no standard deviation, and one update per batch of rollouts.
 
 Writes to the run folder: config.json, vectors.safetensors (or weights/), metrics.jsonl, samples.jsonl, state.pt,
-reward.png. Defaults and checks of the settings: plumbing/settings.py. Several processes, all weights:
-plumbing/processes.py. A few trained numbers: plumbing/few.py.
+reward.png. Defaults and checks of the settings are in plumbing/settings.py, several processes and --method full in
+plumbing/processes.py, --numbers and TinyLoRA in plumbing/few.py.
 """
 
 import math
@@ -35,7 +35,7 @@ from torch.nn.functional import normalize
 from torch.nn.utils.rnn import pad_sequence
 
 import model
-from data.problems import MATH_PROMPT, Problems, problems_of
+from data.problems import MATH_PROMPT, Problems, problems_of, template_of
 from evaluate import compare_with_base
 from model import Subject
 from plumbing import memory, processes, settings
@@ -45,7 +45,7 @@ from plumbing.figures import plot_reward
 from plumbing.files import FAMILY, append, config_of, lines_of
 from plumbing.processes import SECONDS, AllWeights, all_gather, rank, shard, timed
 from plumbing.settings import Usual, authors_rate, own_first, parse_layers
-from rewards import grade, grading_timeouts
+from rewards import grade, grading_timeouts, no_answer
 
 
 @own_first
@@ -57,35 +57,35 @@ class Config(model.Asking):
     model: str = "tiny"                 # the built-in model, a local folder, a .gguf file or a hub id; kept frozen
     method: Literal["vector", "lora", "tinylora", "full"] = "vector"  # vectors, LoRA, TinyLoRA or all weights
     site: str = "end"                   # input-norm, attention, post-attention-norm, end, or a module's path
-    where: Literal["all", "answer"] = "all"  # positions that get it: all, or those that predict the answer
-    rank: int = 1                       # of the LoRA (at the end of a layer: on mlp.down_proj)
+    where: Literal["all", "answer"] = "all"  # positions that get it: all, or only those that predict the answer
+    rank: int = 1                       # of a LoRA (--site end: on mlp.down_proj)
     numbers: Usual[int] = None          # train only this many numbers; a fixed random map makes the vector from them
     orthogonal_to: tuple[str, ...] = ()  # keep the vector orthogonal to the vectors of these runs
-    init: Usual[str] = None             # start from this run's vectors; those not trained here stay fixed but are added
-    data: Usual[str] = None             # problems, a jsonl file: data/tiny/train.jsonl; data/deepscaler.jsonl
-    recipe: Usual[str] = None           # whose settings are the defaults: what the data file says, or deepscaler
-    held_out: Usual[str] = None         # for the comparison at the end: data/tiny/test.jsonl; data/math500.jsonl
+    init: Usual[str] = None             # start from this run's vectors; those that are not trained here stay fixed
+    data: Usual[str] = None             # jsonl of training problems: data/tiny/train.jsonl; data/deepscaler.jsonl
+    recipe: Usual[str] = None           # take the authors' settings for this data: the data file's source; deepscaler
+    held_out: Usual[str] = None         # problems to compare on at the end: data/tiny/test.jsonl; data/math500.jsonl
     steps: Usual[int] = None            # RLOO updates: 40; one epoch, 314 on DeepScaleR
-    prompts: Usual[int] = None          # problems a step, N: 16; 128
-    samples: Usual[int] = None          # answers to each of them, k: 16; 16 or 64, as the authors
-    context: Usual[int] = None          # tokens of prompt and answer: 512; 4096 (Qwen2.5-Math) or 8192
-    max_tokens: Usual[int] = None       # longest answer in tokens: 80; what the context leaves
+    prompts: Usual[int] = None          # N, problems per step: 16; 128
+    samples: Usual[int] = None          # k, answers to each problem: 16; 16 or 64, as the authors
+    context: Usual[int] = None          # most tokens of prompt and answer: 512; 4096 (Qwen2.5-Math) or 8192
+    max_tokens: Usual[int] = None       # most tokens of an answer: 80; what the context leaves
     lr: Usual[float | Literal["paper"]] = None  # share of RMS(h_l), see learning_rates: 0.06; the authors' rate, if any
-    lr_absolute: Usual[float] = None    # Adam step as it is, replaces --lr; of full: 3e-4; the authors' or 1e-6
-    warmup: Usual[int] = None           # steps until the rate has its value: 3; 3 % of an epoch
+    lr_absolute: Usual[float] = None    # Adam's rate itself, instead of --lr; for full: 3e-4; the authors' or 1e-6
+    warmup: Usual[int] = None           # steps in which the rate rises to its value: 3; 3 % of an epoch
     clip: float = 2.0                   # largest norm of the gradient of all vectors together
     temperature: float = 1.0            # of the sampler, and of the logits in training (paper: 1)
     reward: Literal["verify", "sign", "random"] = "verify"  # 1 or 0 by Math-Verify; 1 or -1 (authors); a coin
     weight_cap: float = 2.0             # cap on pi/mu per token sampled by vLLM; 0 turns the correction off
-    recompute: Literal["auto", "yes", "no"] = "auto"  # run layers again in the backward pass; auto: if memory is short
+    recompute: Literal["auto", "yes", "no"] = "auto"  # recompute layers in the backward pass; auto: if memory is short
     read_once: Literal["auto", "yes", "no"] = "auto"  # read a prompt once for its k answers; auto: unless recomputed
-    reuse: Literal["auto", "yes", "no"] = "auto"  # start from the states that sampling computed; auto: if memory allows
-    micro_tokens: Usual[int] = None     # tokens of a training forward pass, padded: 4096; 16384
+    reuse: Literal["auto", "yes", "no"] = "auto"  # reuse the hidden states of sampling; auto: if memory allows
+    micro_tokens: Usual[int] = None     # tokens of a training forward pass, with padding: 4096; 16384
     eval_problems: int = 400            # held-out problems for the comparison at the end; 0: none
-    eval_every: Usual[int] = None       # measure on them every so many steps, too: a point on the reward curve
-    keep_every: Usual[int] = None       # keep what is trained after every so many steps, for evaluate.py --checkpoints
+    eval_every: Usual[int] = None       # also measure on them every so many steps: points on the reward curve
+    keep_every: Usual[int] = None       # keep a checkpoint every so many steps, for evaluate.py --checkpoints
     seed: int = 0                       # of the order of the problems, the rollouts and the held-out samples
-    out: Usual[str] = None              # run folder: out/MODEL-layerLAYER and what is not usual
+    out: Usual[str] = None              # run folder: out/MODEL-layerLAYER and what is special
     resume: bool = False                # go on with the run in that folder
 
 
@@ -97,8 +97,8 @@ def rloo_advantages(rewards: torch.Tensor) -> torch.Tensor:
     Leave-one-out advantages (arXiv:2402.14740): A_i = r_i - mean of the other k - 1 rewards of the same prompt.
 
     rewards: (N, k), k >= 2. Returns (N, k), every row sums to 0. [[1, 0, 0, 0]] -> [[1, -1/3, -1/3, -1/3]]
-    Paper (P4 Sec. 2): the mean of all k rewards is subtracted; here: of the others, as in RLOO and in the authors'
-    code, because the own reward in the baseline biases the gradient. The two differ by the factor k / (k - 1).
+    Paper (P4 Sec. 2): the mean of all k rewards is subtracted; here: the mean of the others, as in RLOO and in the
+    authors' code, because a baseline with the own reward biases the gradient. The two differ by the factor k / (k - 1).
     """
     k = rewards.shape[1]
     assert k >= 2, f"leave-one-out needs at least 2 samples per prompt, got {k}"
@@ -112,8 +112,8 @@ def rloo_loss(
     -sum_i A_i sum_t w_it log pi(y_it) / total_tokens, for the rows of one micro-batch.
 
     logps, mask, weights: (B, C); advantages: (B,). total_tokens: completion tokens of the *whole* batch of rollouts,
-    also of those with A = 0 and of other micro-batches, so that losses add up to the same sum however the batch is
-    split. A mean per answer instead would favour short right answers and long wrong ones (arXiv:2503.20783).
+    with those of other micro-batches and of answers with A = 0. So the sum of the losses does not depend on how the
+    batch is split. A mean per answer instead would favour short right answers and long wrong ones (arXiv:2503.20783).
     """
     terms = logps if weights is None else weights * logps
     return -(advantages[:, None] * terms * mask).sum() / total_tokens
@@ -121,22 +121,22 @@ def rloo_loss(
 
 def importance_weights(logps: torch.Tensor, sampled: torch.Tensor, cap: float) -> torch.Tensor:
     """
-    min(pi(y_t) / mu(y_t), cap) for tokens drawn from mu, the engine's slightly different model of the same weights.
+    min(pi(y_t) / mu(y_t), cap) for tokens drawn from mu: the same weights in vLLM, which computes slightly differently.
 
-    logps: log pi, sampled: log mu, both (B, C). Without them the gradient is that of the wrong distribution. Truncated,
-    because a rare large ratio is noise. Per token, because the ratio of a whole answer is a product of thousands. A
-    constant, not differentiated.
+    logps: log pi, sampled: log mu, both (B, C). Without these weights the gradient would be that of another
+    distribution. They are capped, because a rare large ratio is noise; per token, because the ratio of a whole answer
+    is a product of thousands; and constants, so no gradient flows through them.
     """
     return (logps.detach() - sampled).exp().clamp(max=cap)
 
 
 def orthogonal(s: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
-    """s without its part in the span of the orthonormal rows of basis. (D,), (n, D) -> (D,)"""
+    """The part of s that is orthogonal to the orthonormal rows of basis. (D,), (n, D) -> (D,)"""
     return s - (s @ basis.T) @ basis
 
 
 def compare(sums: dict, logps: torch.Tensor, others: torch.Tensor, mask: torch.Tensor) -> None:
-    """Add the differences of two computations of the same log-probs to the sums. All (B, C)."""
+    """Add up the differences between two computations of the same log-probs. All (B, C)."""
     off = (logps.detach() - others).abs()[mask]
     for name, x in (("compared", off.numel()), ("off", off.sum().item())):
         sums[name] += x
@@ -148,12 +148,12 @@ def accumulate_gradient(
     llm, vectors, rolled: model.Rollouts, advantages, temperature, budget, total_tokens=None, cap=2.0, **how
 ) -> dict[str, float]:
     """
-    Add d loss / d s_l to the .grad of every vector that requires it. Rows with A = 0 add nothing and are not run.
+    Add d loss / d s_l to the .grad of every vector that requires it. Answers with A = 0 add nothing and are skipped.
 
-    advantages: (N, k) or (B,). budget: tokens of a micro-batch. total_tokens: completion tokens over all processes
-    (default: this process's). cap: of the importance weights, if the sampler gave log-probs (0: none). how: recompute
-    and read_once, see model.micro_batches. Returns sums over the trained tokens: loss, tokens, nats (-log pi), clipped
-    (weights); off, the |difference| to the sampler's log-probs over `compared` tokens, and off_max.
+    advantages: (N, k) or (B,). budget: tokens of a micro-batch. total_tokens: completion tokens of all processes
+    (default: of this one). cap: of the importance weights, if the sampler gave log-probs (0: none). how: recompute and
+    read_once, see model.micro_batches. Returns sums over the trained tokens: loss, tokens, nats (-log pi), clipped
+    (weights at the cap), and off: |our log-probs - the sampler's| over `compared` tokens, with its maximum off_max.
     """
     advantages, total = advantages.flatten(), total_tokens or sum(map(len, rolled.completions))
     rows = advantages.nonzero().flatten().tolist()
@@ -180,12 +180,12 @@ def accumulate_gradient(
 
 @dataclass
 class Run:
-    args: Config  # every setting filled in
+    args: Config  # with every default filled in
     out: Path
     rows: list[dict]  # problems to train on
     held_out: Problems | None
     subject: Subject  # the model, its sampler, and how it is asked
-    save_every: int  # steps between states that --resume can go on from
+    save_every: int  # steps between saved states for --resume
     timeouts: int = field(default_factory=grading_timeouts)  # comparisons that the grader gave up before this step
     bar: Bar | None = None
 
@@ -200,7 +200,7 @@ def main(args: Config) -> None:
             batch = batch_of_problems(run.rows, args.prompts, step, args.seed)  # N problems
             with timed("sampling"):  # k answers to each, of the steered model
                 rolled = subject.rollouts(trained.steering, batch, args.samples, **how_to_sample(run, trained, step))
-            right = grade_answers(rolled, batch)  # (N, k)
+            right = grade_answers(rolled, batch, subject.form)  # (N, k)
             rewards = rewards_of(args, step, batch, right, rolled)  # (N, k)
             advantages = rloo_advantages(rewards)  # (N, k)
             total = sum(all_gather(sum(map(len, rolled.completions))))  # completion tokens of the whole step
@@ -220,7 +220,7 @@ def batch_of_problems(rows: list[dict], n: int, step: int, seed: int) -> list[di
     """
     This process's shard of the n problems of a step.
 
-    The data come in a new order every epoch, a function of (seed, epoch) alone: nothing has to be replayed on a resume.
+    Every epoch has a new order, a function of (seed, epoch) alone, so a resumed run has nothing to replay.
     """
     per_epoch = len(rows) // n
     order = list(range(len(rows)))
@@ -230,7 +230,7 @@ def batch_of_problems(rows: list[dict], n: int, step: int, seed: int) -> list[di
 
 
 def how_to_sample(run: Run, trained, step: int) -> dict:
-    """The settings of a step's rollouts. Every prompt has a seed of its own, a function of (seed, step)."""
+    """How a step's rollouts are sampled. Every prompt has a seed of its own, a function of (seed, step)."""
     args, llm, lowest = run.args, run.subject.llm, model.lowest_trained(trained.steering)
     seeds = shard(model.prompt_seeds(args.seed * 1_000_003 + step, range(args.prompts)))
     size = memory.state_bytes(llm.config, llm.dtype.itemsize, len(seeds) * args.samples * args.context)
@@ -240,22 +240,22 @@ def how_to_sample(run: Run, trained, step: int) -> dict:
 
 
 @timed("grading")
-def grade_answers(rolled: model.Rollouts, batch: list[dict]) -> torch.Tensor:
-    """1 where the boxed answer equals the gold, else 0: (N, k)."""
+def grade_answers(rolled: model.Rollouts, batch: list[dict], form: str) -> torch.Tensor:
+    """1 where the answer, in the form that the prompt asks for, equals the gold, else 0: (N, k)."""
     k = len(rolled.texts) // len(batch)
-    return torch.tensor(grade(rolled.texts, [row["answer"] for row in batch for _ in range(k)])).view(-1, k)
+    return torch.tensor(grade(rolled.texts, [row["answer"] for row in batch for _ in range(k)], form)).view(-1, k)
 
 
 def rewards_of(args: Config, step: int, batch: list[dict], right: torch.Tensor, rolled: model.Rollouts) -> torch.Tensor:
     """
-    The rewards of a step, (N, k), any numbers: a reward of your own goes here. batch: N problems; right: (N, k).
+    The rewards of a step, any numbers, (N, k): put a reward of your own here. batch: N problems; right: (N, k).
 
-    Partial credit, for example: boxed = torch.tensor(["boxed" in text for text in rolled.texts]).view_as(right)
+    For partial credit, for example: boxed = torch.tensor(["boxed" in text for text in rolled.texts]).view_as(right)
     and then right + 0.2 * (1 - right) * boxed. rolled.texts: N*k answers, prompt by prompt.
     """
     if args.reward == "sign":
         return 2 * right - 1
-    if args.reward == "random":  # drawn for all processes, so that each has its own
+    if args.reward == "random":  # drawn for all processes, so that shards do not repeat
         coin = random.Random(f"coin:{args.seed}:{step}")
         coins = [[float(coin.random() < 0.5) for _ in range(args.samples)] for _ in range(args.prompts)]
         return torch.tensor(shard(coins))
@@ -264,10 +264,10 @@ def rewards_of(args: Config, step: int, batch: list[dict], right: torch.Tensor, 
 
 def adam_of(values: dict, rates: dict) -> torch.optim.Adam:
     """
-    Adam with a rate for each tensor, no weight decay.
+    Adam with a learning rate for each tensor and no weight decay.
 
-    eps: gradients are small because the loss is divided by all tokens of the batch; with the usual 1e-8 the smallest
-    coordinates moved 5 % less than lr on the embedded model.
+    eps: gradients are small, because the loss is divided by all tokens of the batch. With the usual 1e-8 the smallest
+    coordinates of the built-in model moved 5 % less than lr.
     """
     groups = [{"params": [s], "lr": rates[name], "highest": rates[name]} for name, s in values.items()]
     return torch.optim.Adam(groups, eps=1e-15)
@@ -275,7 +275,7 @@ def adam_of(values: dict, rates: dict) -> torch.optim.Adam:
 
 @timed("update")
 def update(trained, adam: torch.optim.Adam, clip: float, warm: float) -> float:
-    """Clip the gradients together, take an Adam step at this share of the rates. Returns the norm before clipping."""
+    """Clip the gradients together, then take an Adam step. warm: share of the rates. Returns the unclipped norm."""
     norm = torch.nn.utils.get_total_norm(trained.gathered())
     torch.nn.utils.clip_grads_with_norm_(trained.values.values(), clip, norm)
     for group in adam.param_groups:
@@ -287,16 +287,16 @@ def update(trained, adam: torch.optim.Adam, clip: float, warm: float) -> float:
 
 def save(run: Run, step: int, trained, adam: torch.optim.Adam) -> None:
     """
-    Write what was trained and the state that --resume needs: the trained tensors, Adam's moments and the steps done.
+    Write what was trained, and the state that --resume needs: the trained tensors, Adam's moments and the steps done.
 
-    No random state: the order of the problems is a function of (seed, epoch), the rollouts are one of (seed, step).
+    No random state is needed: the problems depend on (seed, epoch) alone, the rollouts on (seed, step).
     """
     if run.args.keep_every and (step + 1) % run.args.keep_every == 0 and rank() == 0:
         trained.write(run.out / "checkpoints" / f"{step + 1:05}", step + 1)
     if (step + 1) % run.save_every == 0 or step + 1 == run.args.steps:
         if rank() == 0:
             trained.write(run.out, step + 1)
-        # last: a step counts once this is on the disk
+        # written last: --resume counts a step as done once this file is there
         processes.save_state(run.out / "state.pt", step + 1, trained.values, adam)
 
 
@@ -305,10 +305,11 @@ def save(run: Run, step: int, trained, adam: torch.optim.Adam) -> None:
 
 class Vectors:
     """
-    Steering vectors or LoRAs at some places of the frozen model, fp32.
+    Steering vectors or LoRAs at some places of the frozen model, in fp32.
 
-    AllWeights and Few have the same methods: values {name: fp32 tensor that Adam steps}, their rates, steering (what is
-    added to the stream), gathered (the gradients of all processes), after_step, put_back (values were read), write.
+    AllWeights and Few have the same attributes and methods: values {name: fp32 tensor that Adam steps}, their rates,
+    steering (what is added to the stream), gathered (gradients, summed over processes), after_step, put_back (after
+    values have been loaded) and write.
     """
 
     def __init__(self, run: Run):
@@ -319,7 +320,7 @@ class Vectors:
         self.rates, self.steering = learning_rates(args, rms, self.values), fixed | self.values
         self.earlier = earlier_directions(args, llm, places)
         for place, s in self.values.items():
-            s.grad = torch.zeros_like(s)  # never None: a process without rows takes part in the sum
+            s.grad = torch.zeros_like(s)  # never None: a process without answers to train on joins the all-reduce
             if rank() == 0 and not args.numbers:
                 whose = "the authors' rate" if args.lr == "paper" and not args.lr_absolute else "learning rate"
                 print(f"layer {place}: size there {rms[place]:.2f}, {whose} {self.rates[place]:.3g} a step")
@@ -335,11 +336,11 @@ class Vectors:
     def after_step(self) -> None:
         for place, s in self.values.items():
             s.grad.zero_()
-            if place in self.earlier:  # Adam divides every coordinate by a size of its own, which turns the step
+            if place in self.earlier:  # an orthogonal gradient is not enough: Adam scales every coordinate differently
                 s.data = orthogonal(s.data, self.earlier[place])
 
     def put_back(self) -> None:
-        """Nothing to do: the hooks hold the tensors themselves."""
+        """Nothing to do: the hooks use these very tensors."""
 
     def write(self, folder: Path, step: int) -> None:
         file = folder / "vectors.safetensors"
@@ -356,7 +357,7 @@ def vectors_in(folder: str, llm) -> dict:
 
 
 def earlier_directions(args, llm, places: list) -> dict:
-    """{place: (n, D) orthonormal rows that span the vectors which the runs of --orthogonal-to have there}."""
+    """{place: (n, D) orthonormal rows that span the vectors of the --orthogonal-to runs there}."""
     runs = {run: vectors_in(run, llm) for run in args.orthogonal_to}
     found = {}
     for place in places if runs else ():
@@ -364,30 +365,28 @@ def earlier_directions(args, llm, places: list) -> dict:
             if place not in vectors:
                 sys.exit(f"--orthogonal-to {run}: that run has no vector at {place}")
         stack = normalize(torch.stack([vectors[place] for vectors in runs.values()], 1).double(), dim=0)  # (D, n)
-        if torch.linalg.matrix_rank(stack, rtol=1e-4) < len(runs):  # QR would complete the basis by any axis
+        if torch.linalg.matrix_rank(stack, rtol=1e-4) < len(runs):  # QR would fill the basis with arbitrary directions
             sys.exit(f"--orthogonal-to: the vectors of {', '.join(runs)} at {place} are zero or not independent")
         found[place] = torch.linalg.qr(stack).Q.T.float().to(llm.device)
     return found
 
 
 def places_of(args: Config, depth: int) -> list:
-    """Where something is trained: layers or other places, for a LoRA those of its two matrices."""
+    """The places that are trained: layers, or "14.attention" and so on; for a LoRA those of its two matrices."""
     site = "" if args.site == "end" else f".{args.site}"
     where = "" if args.where == "all" else f"@{args.where}"
     matrices = (".lora_A", ".lora_B") if args.method in ("lora", "tinylora") else ("",)
-    layers = parse_layers(args.layer, depth)
-    if not (site or where or any(matrices)):
-        return layers
-    return [f"{layer}{site}{matrix}{where}" for layer in layers for matrix in matrices]
+    places = [f"{layer}{site}{matrix}{where}" for layer in parse_layers(args.layer, depth) for matrix in matrices]
+    return [int(place) if place.isdigit() else place for place in places]
 
 
 def start_values(args: Config, llm, rms: dict) -> tuple[dict, dict]:
     """
     ({place: fp32 tensor to train}, {place: tensor that stays fixed}). rms: {place: size there}, of all places to train.
 
-    Zeros, so that step 0 is the base model, except a LoRA's A: random, of such a size that A x is about 1, so that a
-    step on B moves the stream as far as the same step on a vector. Under the authors' rates it is PEFT's start, uniform
-    in +- 1 / sqrt(F), for which those rates were chosen. With --init from that run.
+    Vectors start at zero, so step 0 is the base model. A LoRA's B does, too; its A is random and makes A x about 1, so
+    that a step on B moves the stream as far as the same step on a vector. With the authors' rates A starts as in PEFT,
+    uniform in +- 1 / sqrt(F), because they chose the rates for that. --init takes the run's tensors instead.
     """
     draw, values = torch.Generator().manual_seed(args.seed), {}
     given = vectors_in(args.init, llm) if args.init else {}
@@ -410,17 +409,17 @@ def learning_rates(args: Config, rms: dict, values: dict) -> dict:
     """
     Absolute learning rate for every trained tensor: {place: lr}. rms: {place: size of what is steered}.
 
-    The default is the authors' rate, where data/paper.json has one. Else it is a share of the size there, 0.06 in 32
-    steps and 0.06 sqrt(32 / steps) in more: where the gradient is noise, Adam walks at random, 6 rates far in 32 steps
-    and 17.5 in 314, and 17.5 * 0.06 is as long as the stream itself. (The embedded model keeps 0.06 at any --steps.)
-    A LoRA's A has entries of about 1 / (sqrt(F) RMS(x)), and its step is a share of that.
+    The default is the authors' rate, if data/paper.json has one. Otherwise it is a share of the size there: 0.06 for up
+    to 32 steps, 0.06 sqrt(32 / steps) for more. Where the gradient is noise, Adam walks at random, as far as 6 rates in
+    32 steps and 17.5 in 314, and 17.5 * 0.06 is as long as the stream itself. (The built-in model keeps 0.06.)
+    A LoRA's A has entries of about 1 / (sqrt(F) RMS(x)), and its rate is a share of that.
     """
     if args.lr_absolute is not None:
         return dict.fromkeys(rms, args.lr_absolute)
     if args.lr == "paper":
         return {place: authors_rate(args, model.split(place).layer) for place in rms}
-    # divided, because the sum of the vectors moves the stream: 28 undivided steps diverge. By half of their number, not
-    # all of it: then 28 of the embedded model reach 91 % in 40 steps instead of 87
+    # all vectors together move the stream, and with 28 undivided rates training diverges. Half of their number is a
+    # better divisor than all of it: with 28 vectors the built-in model reaches 91 % in 40 steps instead of 87 %
     inner = {place: values[place].shape[1] for place in rms if model.split(place).matrix == "lora_A"}
     parts = max(1, (len(rms) - len(inner)) / 2)
     lr = {place: args.lr * size / parts for place, size in rms.items()}
@@ -431,7 +430,7 @@ def learning_rates(args: Config, rms: dict, values: dict) -> dict:
 
 
 def open_run(args: Config) -> Run:
-    """Fill in the settings, load problems and model."""
+    """Fill in the defaults, load the problems and the model."""
     settings.check(args)
     args, problems, save_every, epochs = settings.with_defaults(args)
     held_out = problems_of(args.held_out).first(args.eval_problems) if args.held_out and args.eval_problems else None
@@ -439,39 +438,38 @@ def open_run(args: Config) -> Run:
         sys.exit(f"--prompts {args.prompts}: the data has only {len(problems.rows)} problems")
     args = replace(args, device=processes.join_processes(args.device, args.prompts))
     subject = Subject.of_run({"model": args.model}, replace(args, context=None))
-    layers = parse_layers(args.layer, subject.depth)  # exits before the model is loaded
+    layers = parse_layers(args.layer, subject.depth)  # exits for a bad --layer before the model is loaded
     args = replace(args, layer="all") if len(layers) == subject.depth > 1 else args
-    subject.template = args.template or ("native" if subject.tokenizer.chat_template else "r1")
+    subject.template = template_of(subject.tokenizer, args.template)
     subject.system = MATH_PROMPT if args.system is None else args.system
     args = replace(args, context=min(args.context, subject.context))
     asked = Bar(problems.rows, desc="prompts", unit="problems")
     fit = [row for row in asked if len(subject.prompt(row)) < args.context]
-    if len(fit) < len(problems.rows) and rank() == 0:
-        left_out = f"left out {len(problems.rows) - len(fit)} of {len(problems.rows)} problems"
-        print(f"{left_out}, whose prompts fill the context of {args.context} tokens")
+    if (cut := len(problems.rows) - len(fit)) and rank() == 0:
+        print(f"left out {cut} of {len(problems.rows)} problems: their prompts fill --context {args.context}")
     if len(fit) < args.prompts:
         sys.exit(f"--context {args.context}: only {len(fit)} problems have prompts that leave room for an answer")
-    usual = epochs * (len(fit) // args.prompts)  # the warm-up is a share of it: more --steps change nothing before
+    usual = epochs * (len(fit) // args.prompts)  # also for the warm-up: the first steps do not depend on --steps
     args = replace(args, steps=args.steps or usual, warmup=args.warmup or math.ceil(0.03 * usual))
     out = Path(args.out or f"out/{settings.name_of_run(args)}")
     if args.resume and args.lr is None and (out / "config.json").is_file():
-        args = replace(args, lr=config_of(out)["lr"])  # it may depend on the steps, which may be more now
+        args = replace(args, lr=config_of(out)["lr"])  # the default depends on --steps, which may be more now
     args = settings.with_rate(args, layers)
     subject.folder = out.parent / "answers"
     return Run(args, out, fit, held_out, subject, save_every)
 
 
 def start(run: Run, trained, adam: torch.optim.Adam) -> int:
-    """Make the run folder, or with --resume check its settings and put the saved state in. Returns the first step."""
+    """Make the run folder, or with --resume check its settings and load the saved state. Returns the first step."""
     subject, first = run.subject, 0
     subject.holds = trained.steering
     config = asdict(run.args) | {name: getattr(subject, name) for name in ("template", "system", "device", "dtype")}
-    config |= {"sampler": subject.samples_with}  # exits with a line where vLLM cannot hold them
+    config |= {"sampler": subject.samples_with}  # exits with a line if vLLM cannot hold the vectors
     settings.check_folder(run.out, config, run.args.resume)
     if run.args.resume:
         first = processes.load_state(run.out / "state.pt", trained.values, adam)
         trained.put_back()
-    processes.barrier()  # every process has looked before process 0 writes
+    processes.barrier()  # every process has read the folder before process 0 writes to it
     if rank() == 0:
         settings.begin(run.out, config, first)
     return first
@@ -479,6 +477,7 @@ def start(run: Run, trained, adam: torch.optim.Adam) -> int:
 
 def progress(run: Run, first: int) -> Bar:
     """The steps to do, with a bar."""
+    """The steps to do, with a progress bar."""
     steps = run.args.steps
     run.bar = Bar(range(first, steps), leave=True, initial=first, total=steps, desc="reward  ?", unit="steps")
     return run.bar
@@ -511,6 +510,7 @@ def metrics_of(run: Run, vectors: dict, sums: dict, rolled, right, rewards) -> d
         "right": right.sum().item(),
         "equal": (rewards == rewards[:, :1]).all(1).sum().item(),
         "ended": sum(rolled.ended),
+        "no_answer": no_answer(rolled.texts, run.subject.form),
         "length": sum(map(len, rolled.completions)),
         "timeouts": grading_timeouts() - run.timeouts,
     }
@@ -521,6 +521,7 @@ def metrics_of(run: Run, vectors: dict, sums: dict, rolled, right, rewards) -> d
         "reward_mean": total["reward"] / n,
         "accuracy": total["right"] / n,  # share of right answers; differs from the reward if that is another one
         "prompts_all_equal": total["equal"] / run.args.prompts,  # share: no signal from them
+        "no_answer": total["no_answer"] / n,  # share of answers without a box, or without the tag that r1 asks for
         "truncated": 1 - total["ended"] / n,  # share of answers cut off at their limit
         "tokens_mean": total["length"] / n,
         "loss": total["loss"],
@@ -568,6 +569,7 @@ def held_out_accuracy(run: Run, vectors: dict, step: int) -> dict[str, float]:
     seeds = shard(model.prompt_seeds(run.args.seed, range(n)))
     rolled = run.subject.rollouts(vectors, rows, 1, seed=seeds, bar="held out")
     right = sum(grade(rolled.texts, [row["answer"] for row in rows]))
+    right = sum(grade(rolled.texts, [row["answer"] for row in rows], run.subject.form))
     return {"held_out": sum(all_gather(right)) / n}
 
 

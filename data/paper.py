@@ -1,8 +1,8 @@
 """
-The papers' numbers beside ours: the figures and tables of data/paper.json, and the report page.
+The report page, and the papers' numbers in it beside ours. They stand in data/paper.json.
 
-P1 and P4 are versions 1 and 4 of arXiv:2509.06608, B is arXiv:2505.18706. numbers_of brings the papers' numbers into
-the form of our analyses, so that the same functions of plumbing/figures.py draw both.
+P1 and P4 are versions 1 and 4 of arXiv:2509.06608, B is arXiv:2505.18706. numbers_of gives the papers' numbers in the
+form in which our analyses give theirs, so that the same functions of plumbing/figures.py draw both.
 """
 
 import base64
@@ -15,44 +15,35 @@ from plumbing.figures import draw, quoted
 from plumbing.files import write
 
 PAPER = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
-TABLES = {  # keys of paper.json, the tables that are shown below an analysis
-    "lens": ["P4.table8.qwen", "P4.table8.llama", "B.table2"],
-    "prefix": ["P4.fig4", "P4.fig13"],
-    "sweep": ["P4.table2", "P4.table4", "P4.table3", "P4.table5", "B.table1", "B.table4"],
-    "compose": ["P1.table2.qwen", "P1.table2.llama"],
-    "sites": ["P4.fig10"],
-    "orthogonal": ["P4.fig12"],
-    "transfer": ["P4.table1", *(f"P4.table{n}" for n in range(9, 16))],
-    "persistence": ["P4.table6.diff_diff", "P4.table6.diff_vector", "P4.table7.diff_diff", "P4.table7.diff_vector"],
-    "cost": ["B.table3", "B.table5"],
+MODELS = {  # the tables of each model
+    "Qwen2.5-Math-7B": ("P4.table2", "P4.table4", "P4.table6", "P1.table2.qwen"),
+    "Llama-3.1-8B-Instruct": ("P4.table3", "P4.table5", "P4.table7", "P1.table2.llama"),
 }
-KINDS = ("T = 1", "greedy", "shifts", "pairs")
-MODELS = {
-    "Qwen2.5-Math-7B": dict(zip(KINDS, ("P4.table2", "P4.table4", "P4.table6", "P1.table2.qwen"))),
-    "Llama-3.1-8B-Instruct": dict(zip(KINDS, ("P4.table3", "P4.table5", "P4.table7", "P1.table2.llama"))),
-}
+MODELS = {who: dict(zip(("T = 1", "greedy", "shifts", "pairs"), keys)) for who, keys in MODELS.items()}
 
 
 # ----------------------------------------------------------------------- the papers' numbers in our analyses' form
 
 
 def printed(mean: float, pm: float = 0.0) -> dict:
-    """A printed accuracy in percent, with its +- over seeds if it has one, as an estimate."""
+    """A printed accuracy in percent as an estimate; its interval is the printed ± over seeds, if there is one."""
     return {"value": mean / 100, "interval_95": [(mean - pm) / 100, (mean + pm) / 100]}
 
 
 def averages(who: str, decoding: str) -> dict:
     """Means of the six benchmarks, from P4 Tables 2 to 5: {"base", "all", "full", "0", "1", ...: see printed}."""
-    names = {f"base, {decoding.replace(' ', '')}": "base", "all layers": "all"}  # every table has the base twice
-    found = {row["setup"].removeprefix("layer "): row for row in PAPER[MODELS[who][decoding]]["rows"]}
-    wanted = {name: row for name, row in found.items() if not name.startswith("base") or name in names}
-    return {names.get(name, name): printed(row["mean"][-1], row["pm"][-1]) for name, row in wanted.items()}
+    names, found = {f"base, {decoding.replace(' ', '')}": "base", "all layers": "all"}, {}
+    for row in PAPER[MODELS[who][decoding]]["rows"]:
+        name = names.get(row["setup"], row["setup"].removeprefix("layer "))
+        if not name.startswith("base, "):  # every table has the base model's other decoding, too
+            found[name] = printed(row["mean"][-1], row["pm"][-1])
+    return found
 
 
 def sweep(who: str) -> tuple:
     found = {decoding: averages(who, decoding) for decoding in ("T = 1", "greedy")}
     if found["greedy"]["all"] == found["T = 1"]["all"]:
-        del found["greedy"]["all"]  # Llama's Table 5 repeats the row of Table 3, so there is no greedy number
+        del found["greedy"]["all"]  # Llama's Table 5 repeats this row of Table 3: the greedy number is not known
     layers = sorted(int(name) for name in found["greedy"] if name.isdigit())
     tables = " and ".join(MODELS[who][decoding][-1] for decoding in found)
     note = f"v4, Tables {tables}; mean of six benchmarks; bands: ± over seeds"
@@ -61,7 +52,7 @@ def sweep(who: str) -> tuple:
 
 def persistence(who: str) -> tuple:
     table, found = MODELS[who]["shifts"], {}
-    for kind, ours in (("diff_diff", "diff_diff_authors"), ("diff_vector", "diff_vector")):  # theirs: own text
+    for kind, ours in (("diff_diff", "diff_diff_authors"), ("diff_vector", "diff_vector")):
         for row in PAPER[f"{table}.{kind}"]["rows"]:
             layer, values = row["layer"], row["value"]  # the values before the layer are null
             entry = found.setdefault(str(layer), {"layers": list(range(layer, len(values)))})
@@ -100,7 +91,7 @@ def compose(who: str) -> tuple:
     elsewhere, gains = averages(who, "T = 1"), {}
     whole = elsewhere["all"]["value"]
     for (i, j), pair in cells.items():
-        if i < j:  # the diagonal of the table has the single vectors, unless they are lost in the text of the PDF
+        if i < j:  # the diagonal of the table has the single vectors, except some that the text of the PDF lacks
             single = max(cells.get((x, x), elsewhere[str(x)]["value"]) for x in (i, j))
             share = {"unclear": True} if whole <= single else {"value": (pair - single) / (whole - single)}
             gains[f"{i}+{j}"] = {"cross": pair >= 0.99 * whole, "over_single": {"value": pair - single}, "share": share}
@@ -115,7 +106,7 @@ def numbers_of(name: str) -> dict[str, dict]:
     read = {f.__name__: f for f in (sweep, persistence, prefix, compose, sites, orthogonal)}.get(name)
     found = {}
     for who in MODELS if read else ():
-        if who.startswith("Qwen") or read not in (sites, orthogonal):  # which the paper has for Qwen alone
+        if who.startswith("Qwen") or read not in (sites, orthogonal):  # the paper has these two for Qwen alone
             numbers, note = read(who)
             found[who] = numbers | {"about": f"{who}; arXiv:2509.06608{note}"}
     return found
@@ -136,9 +127,8 @@ def table_of(head: list, rows: list[list]) -> str:
     return "<table>" + "\n".join(lines) + "</table>"
 
 
-def paper_table(key: str) -> str:
+def paper_table(entry: dict) -> str:
     """A table of paper.json as folded HTML; a list fills as many columns as it has numbers."""
-    entry = PAPER[key]
     head, columns = [], entry["columns"]
     for name, x in entry["rows"][0].items():
         head += [name] if not isinstance(x, list) else columns if len(columns) == len(x) else [""] * len(x)
@@ -157,7 +147,7 @@ def picture(path: Path, text: str) -> str:
 
 
 def documents(folder: Path, order: list[str]) -> list[tuple[Path, dict]]:
-    """The results of analyses under folder/figures and folder/*/figures, in the order of the analyses."""
+    """The results under folder/figures and folder/*/figures, in this order of the analyses."""
     found = []
     for path in sorted([*folder.glob("figures/*.json"), *folder.glob("*/figures/*.json")]):
         try:
@@ -170,14 +160,13 @@ def documents(folder: Path, order: list[str]) -> list[tuple[Path, dict]]:
 
 
 def report(folder: Path, order: list[str]) -> Path:
-    """Write folder/report.html: a list of what was found, then each figure with its table, the papers' beside ours."""
+    """Write folder/report.html: a list of the findings, then each figure and table, with the papers' beside ours."""
     docs, body, contents, done = documents(folder, order), "", "", set()
     if not docs:
         sys.exit(f"no figures under {folder}: make one first, for example `python analyze.py lens out/tiny-layer27`")
     for i, (path, doc) in enumerate(docs):
         title, reading = html.escape(f"{doc['name']}: {path.parent.parent}"), html.escape(doc["reading"])
-        first = html.escape(doc["reading"].split(". ")[0])
-        contents += f'<li><a href="#{i}">{title}</a><br><small>{first}</small></li>\n'
+        contents += f'<li><a href="#{i}">{title}</a><br><small>{reading.split(". ")[0]}</small></li>\n'
         body += f'<h2 id="{i}">{title}</h2>\n<p>{reading}</p>\n'
         if path.with_suffix(".png").is_file():
             body += picture(path.with_suffix(".png"), doc["reading"])
@@ -185,11 +174,11 @@ def report(folder: Path, order: list[str]) -> Path:
         body += folded("the numbers", table_of(*doc["table"]))
         for who, found in numbers_of(doc["name"]).items():
             drawn = folder / "paper" / f"{doc['name']}-{who}.png"
-            if drawn not in done:  # several runs may have the same analysis
+            if drawn not in done:  # once, even if several runs have this analysis
                 draw(doc["name"], found, drawn)
                 done.add(drawn)
                 body += folded(f"In the paper, {who}", picture(drawn, who), open="open")
-        body += "".join(map(paper_table, TABLES.get(doc["name"], [])))
+        body += "".join(paper_table(entry) for entry in PAPER.values() if entry.get("analysis") == doc["name"])
     title = "Steering vectors: what was measured"
     head = f"<meta charset=utf-8><meta name=viewport content='width=device-width'><title>{title}</title>"
     page = f"<!doctype html>\n<html lang=en><head>{head}<style>{STYLE}</style></head>\n<body><h1>{title}</h1>\n"

@@ -11,14 +11,15 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
+from matplotlib import colormaps
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LinearSegmentedColormap, Normalize
+from matplotlib.figure import Figure  # without pyplot: a notebook keeps its backend
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 
-matplotlib.use("Agg")  # writing a PNG needs no window system
-import matplotlib.pyplot as plt  # noqa: E402
-
-SHADES = matplotlib.colors.LinearSegmentedColormap.from_list("layers", plt.cm.turbo_r(np.linspace(0.08, 0.95, 64)))
+SHADES = LinearSegmentedColormap.from_list("layers", colormaps["turbo_r"](np.linspace(0.08, 0.95, 64)))
 BANDS = "bands: 95 % intervals over problems"
 ERROR_BARS = "error bars: 95 % intervals over problems"
 RIGHT = "right answers (%)"
@@ -48,9 +49,8 @@ def draw_figure(
     columns = columns or len(panels)
     rows = -(-len(panels) // columns)
     size = size or (6 if columns == 1 else 8, 3.5 * rows)
-    fig, axes = plt.subplots(
-        rows, columns, figsize=size, sharey=share_y, height_ratios=heights, squeeze=False, constrained_layout=True
-    )
+    fig = Figure(figsize=size, layout="constrained")
+    axes = fig.subplots(rows, columns, sharey=share_y, height_ratios=heights, squeeze=False)
     for ax, panel in zip(axes.flat, panels):
         draw_panel(ax, **panel)
     for ax in axes.flat[: len(panels)] if floor is not None else ():
@@ -63,7 +63,6 @@ def draw_figure(
     fig.supxlabel(plain("; ".join(filter(None, [about, note]))), fontsize=7, color="0.4")
     path.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path, dpi=150)
-    plt.close(fig)
 
 
 def draw_panel(ax, form, xlabel=None, ylabel=None, subtitle=None, **numbers) -> None:
@@ -153,7 +152,7 @@ def lines(ax, series, flat=(), depth=None, names=None, log_y=False, whole_x=Fals
             ax.fill_between(one["x"], one["low"], one["high"], color=colour, alpha=0.2, linewidth=0)
     flats(ax, flat)
     if depth:
-        bar = plt.cm.ScalarMappable(plt.Normalize(0, depth - 1), SHADES)
+        bar = ScalarMappable(Normalize(0, depth - 1), SHADES)
         ax.figure.colorbar(bar, ax=ax, label="layer of the vector")
     if names:
         every = max(1, len(names) // 14)
@@ -163,7 +162,7 @@ def lines(ax, series, flat=(), depth=None, names=None, log_y=False, whole_x=Fals
     if log_y:
         ax.set_yscale("log")
     if whole_x:
-        ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def dots(ax, series, ticks: dict, y: tuple, flat=(), log_x=False) -> None:
@@ -251,14 +250,14 @@ def size_of(tokens: list[tuple]) -> tuple[float, float]:
 
 def tokens(ax, tokens, limit: float, label="") -> None:
     """[(text, value, marked)] as text: each token coloured by its value from -limit to limit, or grey if it is None."""
-    broken, colours = lines_in(tokens), plt.cm.ScalarMappable(plt.Normalize(-limit, limit), "RdBu")
+    broken, colours = lines_in(tokens), ScalarMappable(Normalize(-limit, limit), "RdBu")
     for y, row in enumerate(broken):
         for column, text, value, marked in row:
             colour = "0.4"
             if value is not None:
                 face = colours.to_rgba(value)[:3]
                 edge = {"edgecolor": "black", "linewidth": 0.8} if marked else {"linewidth": 0}
-                ax.add_patch(plt.Rectangle((column, y - 0.45), len(text), 0.9, facecolor=face, **edge))
+                ax.add_patch(Rectangle((column, y - 0.45), len(text), 0.9, facecolor=face, **edge))
                 colour = "white" if sum(share * x for share, x in zip((0.3, 0.6, 0.1), face)) < 0.5 else "black"
             ax.text(column, y, plain(text), family="monospace", fontsize=8, va="center", color=colour)
     ax.set(xlim=(0, width_of(broken)), ylim=(len(broken) - 0.5, -0.7))

@@ -1,4 +1,4 @@
-"""Files: where models are, files that are written whole or not at all, checksums, results that are kept."""
+"""Files: where models are, writing that a crash cannot leave half done, checksums, and results that are kept."""
 
 import json
 import os
@@ -21,15 +21,14 @@ def is_gguf(name) -> bool:
 
 
 def source_of(name: str):
-    """Where a model is: the folder of the built-in one or of a relative, a local folder or .gguf file, or a hub id."""
+    """Where a model is: a folder (of the built-in model, a relative of it, or yours), a .gguf file, or a hub id."""
     path = FAMILY.get(name, Path(name))
     if name in FAMILY and not (path / "config.json").is_file():
         kind = name.removeprefix("tiny-").replace("organism-", "organism ", 1)
         kind = kind if kind.startswith("organism") else f"relative {kind}"
-        makes = f"`python data/tiny/pretrain.py --{kind}` makes it in minutes"
-        sys.exit(f"{name} is not in the repository: {makes}")
+        sys.exit(f"{name} is not in the repository: `python data/tiny/pretrain.py --{kind}` makes it in minutes")
     if path.is_dir() and not (path / "config.json").is_file():
-        files = "config.json, *.safetensors and the tokenizer's files; of a .gguf file give the path of the file itself"
+        files = "config.json, *.safetensors and the tokenizer's files; if you mean a .gguf file, give its own path"
         sys.exit(f"no model in {path}: a model folder holds {files}")
     if is_gguf(path) and not path.is_file():
         sys.exit(f"no file {path}")
@@ -39,9 +38,9 @@ def source_of(name: str):
 @contextmanager
 def written(path):
     """
-    Yield the path of a new file or folder, which takes the place of `path` when it is complete.
+    Yield the path of a temporary file or folder, which replaces `path` when the context ends without an error.
 
-    A stop in the middle leaves the old one whole. Makes the folder around it.
+    If the program stops in the middle, the old one is still whole. Makes the folder around it.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -53,7 +52,7 @@ def written(path):
 
 
 def write(path, text: str) -> None:
-    """A text file, whole or not at all."""
+    """Write a text file, whole or not at all."""
     with written(path) as new:
         new.write_text(text, encoding="utf-8")
 
@@ -65,7 +64,7 @@ def append(path: Path, rows: list[dict]) -> None:
 
 
 def lines_of(path: Path) -> list[dict]:
-    """The rows of a jsonl file, up to one that a kill or a full disk cut off; [] where there is no file."""
+    """The rows of a jsonl file, up to one that was cut off when a program was killed; [] if there is no file."""
     rows = []
     for line in path.read_text(encoding="utf-8").split("\n") if path.is_file() else []:
         try:
@@ -88,14 +87,14 @@ def checksum(data: bytes) -> str:
 
 
 def identity(vectors: dict) -> str:
-    """A checksum of vectors and their places; that of the base model is "none"."""
-    some = sorted(vectors.items(), key=str)
-    parts = [str(place).encode() + s.detach().float().cpu().numpy().tobytes() for place, s in some]
+    """A checksum of vectors and their places; "none" for the base model, which has none."""
+    in_order = sorted(vectors.items(), key=str)
+    parts = [str(place).encode() + s.detach().float().cpu().numpy().tobytes() for place, s in in_order]
     return checksum(b"".join(parts)) if parts else "none"
 
 
 def weights_digest(source: Path, size: int = 1 << 20) -> str:
-    """A checksum of a file or folder of weights: names, lengths, first and last bytes, without reading gigabytes."""
+    """A checksum of a file or folder of weights. It reads names, lengths, first and last bytes, not gigabytes."""
     parts = []
     for path in [source] if source.is_file() else sorted(source.glob("*.safetensors")):
         with path.open("rb") as file:
@@ -106,7 +105,7 @@ def weights_digest(source: Path, size: int = 1 << 20) -> str:
 
 
 def base_checksum(name: str) -> str:
-    """What tells a model's weights from others: of local files a checksum, of a hub model its commit."""
+    """What identifies a model's weights: a checksum of local files, or the commit of a hub model."""
     source = source_of(name)
     if isinstance(source, Path):
         return weights_digest(source)
@@ -115,13 +114,13 @@ def base_checksum(name: str) -> str:
 
 
 def kept(path: Path, key: dict):
-    """What was written there for this key, or None. Of two keys that share a file's name the later one stays."""
+    """What `keep` wrote there for this key, or None. If two keys share a file's name, the later one stays."""
     saved = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return saved["found"] if saved.get("key") == json.loads(json.dumps(key)) else None
 
 
 def keep(path: Path, key: dict, found):
-    """Write what was found for a key; returns it as `kept` will: tuples become lists, keys become texts."""
-    text = json.dumps({"key": key, "found": found}, ensure_ascii=False)
+    """Write a result with its key; returns it as `kept` will: lists for tuples, texts for keys, x.json() for x."""
+    text = json.dumps({"key": key, "found": found}, ensure_ascii=False, default=lambda x: x.json())
     write(path, text + "\n")
     return json.loads(text)["found"]

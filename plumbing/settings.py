@@ -1,7 +1,7 @@
 """
-Settings: train.py's defaults for each model, its checks, the name of a run, and what a resumed run has to agree on.
+Settings of train.py: defaults for each model, checks, the name of a run, and what a resumed run must not change.
 
-The authors' settings are one table in data/paper.json, by model and by the data that they trained it on.
+The authors' settings are a table in data/paper.json, by model and by the data that they trained it on.
 """
 
 import json
@@ -18,15 +18,15 @@ from data.problems import Problems, problems_of
 from plumbing.files import FAMILY, ROOT, config_of, lines_of, write
 
 T = TypeVar("T")
-# an option that is None unless it is given: its comment says what happens then, and --help adds no "(default: None)"
+# an option that may be left out: its comment says what happens then, so --help adds no "(default: None)"
 Usual = Annotated[T | None, tyro.conf.arg(help_behavior_hint="")]
 
-# what a setting can be without changing any number that was computed: a resumed run or a kept result may have another
+# settings that change no number: a resumed run or a kept result may differ in them
 CHANGE_NO_NUMBER = ("device", "sampler", "vllm_memory", "tensor_parallel", "rows", "out")
 
 
 def own_first(config):
-    """A dataclass of settings whose own fields stand before the inherited ones, in --help too."""
+    """Put the fields that a dataclass defines before those that it inherits, in --help too."""
     all_fields = config.__dataclass_fields__
     config.__dataclass_fields__ = {name: all_fields[name] for name in [*config.__annotations__, *all_fields]}
     return config
@@ -37,16 +37,16 @@ def flag(name: str) -> str:
 
 
 def at_least(args, **lows: int) -> None:
-    """Exit with one line where a setting, or one of several values of it, is below its least value."""
+    """Exit with one line if a setting is below its smallest value; all values of a tuple are checked."""
     for name, low in lows.items():
         value = getattr(args, name)
         for one in value if isinstance(value, tuple) else [value]:
-            if one is not None and not one >= low:  # also where it is not a number
+            if one is not None and not one >= low:  # "not >=" catches nan, too
                 sys.exit(f"{flag(name)} wants at least {low}, got {one}")
 
 
 def check_seed(seed: int) -> None:
-    if not 0 <= seed < 2**63:  # torch takes no more
+    if not 0 <= seed < 2**63:  # torch's limit
         sys.exit(f"--seed wants a whole number from 0 to 2^63 - 1, got {seed}")
 
 
@@ -56,11 +56,11 @@ def check(args) -> None:
     at_least(args, micro_tokens=1, rank=1, numbers=1, eval_every=1, keep_every=1)
     for name in ("temperature", "lr", "lr_absolute", "clip"):
         value = getattr(args, name)
-        if value not in (None, "paper") and not 0 < value < 1e30:  # the numbers of the model are float32
+        if value not in (None, "paper") and not 0 < value < 1e30:  # must be a float32 number
             sys.exit(f"{flag(name)} wants a number above 0 and below 1e30, got {value}")
     check_seed(args.seed)
-    closed = {"lora": ("orthogonal_to", "numbers"), "full": ("site", "where", "orthogonal_to", "init", "numbers")}
-    for name in closed.get(args.method, ()):
+    useless = {"lora": ("orthogonal_to", "numbers"), "full": ("site", "where", "orthogonal_to", "init", "numbers")}
+    for name in useless.get(args.method, ()):
         if getattr(args, name) != getattr(type(args), name):
             suits = "vector or tinylora" if name == "numbers" else "vector"
             sys.exit(f"{flag(name)} goes with --method {suits}, not with {args.method}")
@@ -70,15 +70,15 @@ def check(args) -> None:
     if not 0 < args.vllm_memory <= 1:
         sys.exit(f"--vllm-memory wants a share of the GPU's memory between 0 and 1, got {args.vllm_memory}")
     if args.weight_cap and not args.weight_cap >= 1:
-        sys.exit(f"--weight-cap wants at least 1, or 0 for no weights, got {args.weight_cap}")
+        sys.exit(f"--weight-cap wants at least 1, or 0 for no importance weights, got {args.weight_cap}")
     if args.eval_every and not args.eval_problems:
-        sys.exit("--eval-every measures on the held-out problems: --eval-problems wants more than 0")
+        sys.exit("--eval-every needs held-out problems: --eval-problems wants more than 0")
     if args.method == "full" and args.lr == "paper":
-        sys.exit("--method full has its own rate: give --lr-absolute instead of --lr")
+        sys.exit("--method full has a learning rate of its own: give --lr-absolute instead of --lr")
     if args.method == "full" and args.tensor_parallel > 1:
-        sys.exit("--method full gives its weights to vLLM within one process only: --tensor-parallel wants 1")
+        sys.exit("--method full can give its weights to vLLM only inside one process: --tensor-parallel wants 1")
     if args.dtype == "float16":
-        sys.exit("--dtype float16: gradients divided by all tokens of a batch underflow; use bfloat16 or float32")
+        sys.exit("--dtype float16: the small gradients underflow to 0; use bfloat16 or float32")
 
 
 def parse_layers(text: str, depth: int) -> list[int]:
@@ -93,13 +93,13 @@ def parse_layers(text: str, depth: int) -> list[int]:
         sys.exit(f"--layer {outside[0]}: this model has layers 0 to {depth - 1} (or -{depth} to -1 from the end)")
     layers = [layer % depth for layer in layers]
     if len(set(layers)) < len(layers):
-        sys.exit(f"--layer {text}: names a layer twice")
+        sys.exit(f"--layer {text} names a layer twice")
     return sorted(layers)
 
 
 # ------------------------------------------------------------------------------------------------------------ defaults
 
-HELD_OUT = {  # problems for the comparison at the end, by what the model was trained on
+HELD_OUT = {  # problems for the comparison at the end, by training data
     "tiny": "data/tiny/test.jsonl",
     "deepscaler": "data/math500.jsonl",
     "math": "data/math500.jsonl",
@@ -109,9 +109,9 @@ HELD_OUT = {  # problems for the comparison at the end, by what the model was tr
 
 def authors(model: str, recipe: str | None) -> dict:
     """
-    How the authors trained a model: prompts, samples, context, epochs, "lr" (their Adam steps). If not, {"lr": {}}.
+    How the authors trained a model: prompts, samples, context, epochs and "lr" (the rates); else {"lr": {}}.
 
-    model: known by the last part of its name, so that a local copy is, too. recipe: deepscaler, gsm8k or math.
+    model: only the last part of its name counts, so a local copy is recognised. recipe: deepscaler, gsm8k or math.
     """
     models = json.loads((ROOT / "data" / "paper.json").read_text(encoding="utf-8"))["authors"]["models"]
     entry = next((entry for hub, entry in models.items() if Path(hub).name == Path(model).name), {})
@@ -120,9 +120,9 @@ def authors(model: str, recipe: str | None) -> dict:
 
 def authors_rate(args, layer: int) -> float | None:
     """
-    The authors' Adam step under train.py's settings for a place in this layer; None where paper.json has none.
+    The authors' learning rate for this layer under train.py's settings; None if paper.json has none.
 
-    They trained one layer, or all of them together, which has a rate of its own; nothing between.
+    They trained either one layer or all of them together, with a different rate.
     """
     what = f"lora{args.rank}" if args.method == "lora" else "vector"
     what += f" at {args.site}" * (args.site != "end")
@@ -132,35 +132,34 @@ def authors_rate(args, layer: int) -> float | None:
 
 def recipe(model: str, method: str = "vector", source: str | None = None) -> dict:
     """
-    Defaults of train.py: the built-in model's, the authors' if they trained this model, else generic ones.
+    Defaults of train.py: those of the built-in model, or the authors' if they trained this model, or general ones.
 
-    source: what the training problems say they are: "tiny" or "deepscaler", the usual ones, "gsm8k" or "math"; None for
-    problems of one's own, which are trained on as DeepScaleR is, and are not compared on others.
+    source: where the training problems come from: "tiny", "deepscaler", "gsm8k" or "math". None stands for your own
+    problems: DeepScaleR's settings are used, and no other file is taken as held out.
     """
     held_out = HELD_OUT.get(source)
     found = dict(held_out=held_out if held_out and (ROOT / held_out).is_file() else None, epochs=1)
     if model in FAMILY:
         found |= dict(steps=40, prompts=16, samples=16, context=512, max_tokens=80, warmup=3, micro_tokens=4096)
-        known = {"lr": {"full": 3e-4}}
-        found["lr"] = 0.06
+        found["lr"], full_rate = 0.06, 3e-4
     else:
         known = authors(model, source)
         found |= dict(prompts=128, samples=16, context=8192, micro_tokens=16384)
         found |= {name: known[name] for name in ("prompts", "samples", "context", "epochs") if name in known}
+        full_rate = known["lr"].get("full", 1e-6)
     if method == "tinylora":
         found["numbers"] = 13  # arXiv:2602.04118
     if method == "full":
-        return found | dict(lr_absolute=known["lr"].get("full", 1e-6), save_every=53)  # 53: the authors', 6 in a run
-    return found | dict(save_every=1)
+        found["lr_absolute"] = full_rate
+    return found | dict(save_every=53 if method == "full" else 1)  # 53 as the authors: 6 times in their runs
 
 
 def with_defaults(args) -> tuple:
-    """(args with every default of the recipe filled in, the training problems, steps between states, epochs)."""
+    """(args with every default of the recipe filled in, training problems, steps between saved states, epochs)."""
     tiny = args.model in FAMILY
     usual = "data/tiny/train.jsonl" if tiny else "data/deepscaler.jsonl"
     if args.data is None and not (ROOT / usual).is_file():
-        way_out = "run `python data/prepare.py deepscaler math500`, or give --data FILE"
-        sys.exit(f"no problems at {usual}: {way_out}")
+        sys.exit(f"no problems at {usual}: run `python data/prepare.py deepscaler math500`, or give --data FILE")
     problems: Problems = problems_of(args.data or usual)
     source = args.recipe or (problems.source if args.data else "tiny" if tiny else "deepscaler")
     found = recipe(args.model, args.method, source)
@@ -188,60 +187,55 @@ def with_rate(args, layers: list[int]):
 
 
 def unusual(config: dict) -> list[tuple[str, str]]:
-    """For every choice of a run that is not the usual one: (what its folder's name says, what a label says)."""
+    """What is special about a run: [(for the name of its folder, for a label in a table)]."""
     method, rank, numbers = config.get("method"), config.get("rank"), config.get("numbers") or 0
     site, where, reward = config.get("site", "end"), config.get("where", "all"), config.get("reward", "verify")
-    earlier, found = len(config.get("orthogonal_to") or ()), []
-    if site != "end":
-        found.append((site, site))
-    if where != "all":
-        found.append((where, f"{where}s only"))
-    if method == "lora":
-        found.append((f"lora{rank}", f"LoRA of rank {rank}"))
-    if method == "tinylora":
-        found.append((f"tinylora{rank}", f"TinyLoRA of rank {rank}"))
-    if numbers:
-        found.append((f"numbers{numbers}", f"{numbers} number{'s' * (numbers > 1)}"))
-    if earlier:
-        found.append((f"orthogonal{earlier}", f"orthogonal to {earlier}"))
-    if reward != "verify":
-        found.append((f"reward-{reward}", f"{reward} reward"))
-    return found
+    earlier = len(config.get("orthogonal_to") or ())
+    choices = [
+        (site != "end", site, site),
+        (where != "all", where, f"{where}s only"),
+        (method == "lora", f"lora{rank}", f"LoRA of rank {rank}"),
+        (method == "tinylora", f"tinylora{rank}", f"TinyLoRA of rank {rank}"),
+        (numbers, f"numbers{numbers}", f"{numbers} number{'s' * (numbers > 1)}"),
+        (earlier, f"orthogonal{earlier}", f"orthogonal to {earlier}"),
+        (reward != "verify", f"reward-{reward}", f"{reward} reward"),
+    ]
+    return [(name, label) for special, name, label in choices if special]
 
 
 def name_of_run(args) -> str:
-    """The folder's name, from train.py's settings: MODEL-layerLAYER, and every choice that is not the usual one."""
+    """The folder's name, from train.py's settings: MODEL-layerLAYER and what is special."""
     what = "full" if args.method == "full" else f"layer{args.layer}"
     return "-".join([Path(args.model).name.removesuffix(".gguf"), what, *(name for name, _ in unusual(vars(args)))])
 
 
 def label_of(config: dict) -> str:
-    """What the config says about a run's vectors: "27", "26, attention", "14, orthogonal to 2"."""
+    """A run in a table: "27", "26, attention", "14, orthogonal to 2"."""
     what = "all weights" if config.get("method") == "full" else str(config.get("layer", "?"))
     return ", ".join([what, *(label for _, label in unusual(config))])
 
 
 def check_folder(folder: Path, settings: dict, resume: bool) -> None:
-    """Exit with one line where a run cannot start in this folder, or with `resume` cannot go on there."""
+    """Exit with one line if a run cannot start in this folder, or if it cannot be resumed there."""
+    exists = (folder / "state.pt").is_file()
+    if exists and not resume:
+        ways = "add --resume to go on with it, name another --out, or delete the folder"
+        sys.exit(f"{folder} holds a run already: {ways}")
     if not resume:
-        if (folder / "state.pt").exists():
-            ways = "add --resume to go on with it, name another --out, or delete the folder"
-            sys.exit(f"{folder} holds a run already: {ways}")
         return
-    if not (folder / "state.pt").is_file():
-        ways = "start one without --resume, or name its folder with --out"
-        sys.exit(f"--resume: no run to go on with in {folder}; {ways}")
+    if not exists:
+        sys.exit(f"--resume: no run to go on with in {folder}; leave --resume out, or name the run's folder with --out")
     free = (*CHANGE_NO_NUMBER, "steps", "held_out", "eval_problems", "eval_every", "keep_every", "resume")
     free += ("micro_tokens", "recompute", "read_once", "reuse")
     saved = config_of(folder)
-    for name, value in json.loads(json.dumps(settings)).items():  # as the file has them: lists, not tuples
-        if name not in free and saved.get(name) != value:
-            had, ways = saved.get(name), f"give {flag(name)} as it was"
-            sys.exit(f"--resume: the run in {folder} has {name} = {had!r}, now it is {value!r}; {ways}")
+    for name, value in json.loads(json.dumps(settings)).items():  # tuples become lists, as in the file
+        if name not in free and (had := saved.get(name)) != value:
+            change = f"has {name} = {had!r}, now it is {value!r}"
+            sys.exit(f"--resume: the run in {folder} {change}; give {flag(name)} as it was")
 
 
 def begin(folder: Path, settings: dict, steps: int) -> None:
-    """Write config.json, and drop what was logged of steps that the saved state does not contain."""
+    """Write config.json, and drop the log of steps that came after the saved state."""
     settings = {name: value for name, value in settings.items() if name not in ("out", "resume")}
     write(folder / "config.json", json.dumps(settings, indent=2) + "\n")
     for name in ("metrics.jsonl", "samples.jsonl"):
@@ -251,14 +245,13 @@ def begin(folder: Path, settings: dict, steps: int) -> None:
 
 @contextmanager
 def told_how_to_go_on(run):
-    """Ctrl-C and a full memory end with one line."""
+    """Inside the context, Ctrl-C and a full memory end with one line that says what to do."""
     try:
         yield
     except (KeyboardInterrupt, torch.OutOfMemoryError) as error:
-        why = "stopped"
-        if isinstance(error, torch.OutOfMemoryError):
-            why = "out of memory: lower --micro-tokens (training), --samples or --max-tokens (sampling: all answers to "
-            why += "a prompt are decoded together) or --vllm-memory (vLLM's share)"
+        full = "out of memory: lower --micro-tokens (training), --samples or --max-tokens (sampling: all answers to a "
+        full += "prompt are decoded together) or --vllm-memory (vLLM's share)"
+        why = full if isinstance(error, torch.OutOfMemoryError) else "stopped"
         if (run.out / "state.pt").exists():
             why += f"; the same command with --resume goes on from the last finished step in {run.out}"
         sys.exit(why)

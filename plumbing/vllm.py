@@ -1,5 +1,5 @@
 """
-vLLM, the sampler for GPUs: its models with the vectors as biases, its workers, which change them, and the engine.
+vLLM, the sampler for GPUs: models that hold the vectors as biases, workers that change these biases, and the engine.
 
 vLLM's worker processes import this file.
 """
@@ -15,19 +15,19 @@ import torch
 from plumbing.bars import Bar, waiting
 from plumbing.files import ROOT, source_of
 
-# architectures that the engine can steer, and where vLLM keeps them
+# architectures that the engine can steer, and vLLM's modules for them
 VLLM_MODELS = {f"{name}ForCausalLM": name.lower() for name in ("Qwen2", "Qwen3", "Llama", "Mistral")}
 
 
 class Steered:
     """
-    Mixed into a vLLM model: every mlp.down_proj and self_attn.o_proj gets a bias, the vector at the end of the layer
-    and after its attention, and with `lora_rank` in the config every mlp.down_proj the two matrices of a LoRA.
+    Mixed into a vLLM model: mlp.down_proj and self_attn.o_proj of every layer get a bias, which is the vector at the
+    layer's end and after its attention. With `lora_rank` in the config mlp.down_proj also gets a LoRA's two matrices.
 
-    They are buffers, because vLLM's loader wants every *parameter* from the checkpoint. They are made in __init__,
-    because vLLM compiles and captures CUDA graphs while it starts: it ignores a later hook or bias without a word.
-    Afterwards they change in place. With tensor parallelism vLLM adds the bias of rank 0 only, before the sum over
-    ranks, and every rank has its columns of A.
+    They are buffers, because vLLM's loader looks for every *parameter* in the checkpoint. They are made in __init__,
+    because vLLM compiles and captures CUDA graphs while it starts and would silently ignore a later hook or bias.
+    Afterwards they change in place. With tensor parallelism only rank 0 adds its bias, before vLLM's sum over ranks,
+    and every rank has its own columns of A.
     """
 
     def __init__(self, *, vllm_config, prefix=""):
@@ -38,7 +38,7 @@ class Steered:
             linear.register_buffer(name, torch.zeros(shape, dtype=linear.params_dtype), persistent=False)
 
         for block in self.model.layers:
-            if not hasattr(block, "mlp"):  # a rank of a pipeline has placeholders for the layers of others
+            if not hasattr(block, "mlp"):  # with pipeline parallelism, the placeholder of another rank's layer
                 continue
             down = block.mlp.down_proj
             for linear in (down, block.self_attn.o_proj):
@@ -48,7 +48,7 @@ class Steered:
             if rank:
                 buffer(down, "lora_A", rank, down.input_size_per_partition)
                 buffer(down, "lora_B", down.output_size, rank)
-                # what multiplies by the weight, before the sum over ranks; every module has one of its own
+                # the product with the weight, before the sum over ranks; every module has a quant_method of its own
                 down.quant_method.apply = partial(_apply_with_lora, down.quant_method.apply)
 
 
@@ -57,7 +57,7 @@ def _apply_with_lora(apply, linear, x, bias=None):
 
 
 def register_vllm_models():
-    """Make vLLM know SteeredQwen2ForCausalLM and so on: new names, since its compile cache knows models by name."""
+    """Register SteeredQwen2ForCausalLM and so on. Stock names would hit vLLM's compile cache, which goes by name."""
     from vllm import ModelRegistry
 
     for name, file in VLLM_MODELS.items():
@@ -66,11 +66,11 @@ def register_vllm_models():
 
 
 class _Worker:
-    """Mixed into vLLM's workers, which may be other processes: they get the vectors as bytes."""
+    """Mixed into vLLM's workers. They may be other processes, so they get the vectors as bytes."""
 
     @torch.inference_mode()
     def set_vectors(self, raw: dict[str, bytes], shapes: dict[str, list[int]]):
-        """raw: fp32 numbers of all layers by site, "end", "attention", "lora_A", "lora_B", of these shapes."""
+        """raw: for each site ("end", "attention", "lora_A", "lora_B") the fp32 numbers of all layers, of this shape."""
         given = {site: torch.frombuffer(bytearray(raw[site]), dtype=torch.float32).view(*shapes[site]) for site in raw}
         for l, block in enumerate(self.get_model().model.layers):
             if hasattr(block, "mlp"):
@@ -84,9 +84,9 @@ class _Worker:
 
 
 def __getattr__(name):
-    """Python's hook for names that this file does not define: vLLM's worker processes ask it for VLLMWorker ..."""
+    """Python calls this for a name that the file lacks. A vLLM worker looks up VLLMWorker before it loads a model."""
     if name == "VLLMWorker":
-        register_vllm_models()  # ... and have to know the models too, before they load one
+        register_vllm_models()  # so this is the moment to register them in that process, too
         return _Worker
     raise AttributeError(f"plumbing/vllm.py has no {name}")
 
@@ -95,16 +95,16 @@ def __getattr__(name):
 
 
 def import_vllm(llm, tensor_parallel: int):
-    """The package vllm, which reads its settings from the environment; exits with a line where it cannot serve llm."""
+    """Import vllm, which reads its settings from the environment; exits with one line if it cannot serve llm."""
     architecture = llm.config.architectures[0]
     if architecture not in VLLM_MODELS:
         sys.exit(f"--sampler vllm can steer {', '.join(VLLM_MODELS)}, not {architecture}; use --sampler hf")
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1  # started by torchrun: an engine for each process
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1  # started by torchrun: one engine in each process
     if several and tensor_parallel > 1:
-        sys.exit("--tensor-parallel: torchrun gives every process one GPU; start one process, with python, instead")
+        sys.exit("--tensor-parallel: torchrun gives every process one GPU; start a single process with python instead")
     if not several and llm.device.index:
         sys.exit(f"--device {llm.device}: vLLM takes the first GPU that it sees; set CUDA_VISIBLE_DEVICES instead")
-    if tensor_parallel == 1:  # in this process: no serialisation, and errors come with their own traceback
+    if tensor_parallel == 1:  # run in this process: nothing is serialised, and errors keep their traceback
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
@@ -119,13 +119,11 @@ def import_vllm(llm, tensor_parallel: int):
 
 class VLLM:
     """
-    A vLLM engine with the same weights as a loaded model, and vectors that change between calls.
+    A vLLM engine with the same weights as a loaded model, and vectors that can change between calls.
 
-    name, llm: what model.load was given and gave.
-    context: tokens of prompt and answer together.
-    memory: vLLM's share of the GPU's whole memory, for its weights and cache.
-    lora_rank: of the LoRA that it will be given, 0 for none.
-    eager: no compilation, no CUDA graphs.
+    name, llm: the model's name and what model.load returned for it. context: tokens of prompt and answer together.
+    memory: vLLM's share of all of the GPU's memory, for weights and cache. lora_rank: the highest rank of a LoRA that
+    it will be given, 0 for none. eager: do not compile, and capture no CUDA graphs.
     """
 
     @waiting("vLLM starts")
@@ -150,9 +148,9 @@ class VLLM:
                 gpu_memory_utilization=memory,
                 tensor_parallel_size=tensor_parallel,
                 distributed_executor_backend="external_launcher" if several else None,
-                logprobs_mode="processed_logprobs",  # after the temperature: of the distribution that is sampled from
+                logprobs_mode="processed_logprobs",  # after the temperature: those of the sampled distribution
                 enable_prefix_caching=True,  # the k samples of a prompt share its keys and values
-                # a prompt that is read in two parts winds its random generator back, which a CPU's cannot
+                # a prompt that is read in two chunks rewinds its random generator, which fails on a CPU
                 enable_chunked_prefill=False if llm.device.type == "cpu" else None,
                 enforce_eager=eager,
                 disable_log_stats=True,
@@ -161,26 +159,26 @@ class VLLM:
         except (ValueError, RuntimeError, torch.OutOfMemoryError) as error:  # too little memory, bad lengths, ...
             sys.exit(
                 f"vLLM did not start with --vllm-memory {memory} and --context {context}: {str(error).strip()}\n"
-                "raise --vllm-memory if vLLM lacks room, lower it if the GPU is full; a shorter --context helps both"
+                "raise --vllm-memory if vLLM lacks memory, lower it if the GPU is full; a shorter --context helps both"
             )
-        torch.set_num_threads(threads)  # vLLM sets it to 1
+        torch.set_num_threads(threads)  # vLLM has set it to 1
 
     def push(self, tensors: dict) -> None:
-        """Give vectors to the engine, {(site, layer): tensor} as model.engine_tensors has them; all others are zero."""
+        """Give the engine these vectors, {(site, layer): tensor} as from model.engine_tensors, and zero elsewhere."""
         stacks = {site: torch.zeros(shape) for site, shape in self.shapes.items()}
         for (site, layer), s in tensors.items():
-            part = tuple(map(slice, s.shape))  # a LoRA of a lower rank than the engine has room for: the first rows
+            part = tuple(map(slice, s.shape))  # a LoRA of a lower rank than the engine's fills its first rows
             stacks[site][layer][part] += s.detach().float().cpu()
         raw = {site: stack.numpy().tobytes() for site, stack in stacks.items()}
         self._change("set_vectors", args=(raw, self.shapes))
 
     def push_weights(self, llm) -> None:
-        """Give the engine all weights of the model. It must live in this process: it gets the tensors as they are."""
+        """Give the engine all weights of the model. It takes the tensors themselves, so it must be in this process."""
         weights = [(name, weight.detach()) for name, weight in llm.named_parameters()]
         self._change("reload_weights", kwargs={"weights_iterator": weights})
 
     def _change(self, method, **what) -> None:
-        """Change the engine and drop its prefix cache, whose keys and values are stale: vLLM does not notice that."""
+        """Change the engine, and drop its prefix cache: vLLM does not notice that keys and values are now stale."""
         began = time.perf_counter()
         self.engine.collective_rpc(method, **what)
         if not self.engine.reset_prefix_cache():
@@ -193,7 +191,7 @@ class VLLM:
 
         self.push(tensors)
         greedy = temperature == 0
-        # every setting stated: a model's generation_config.json may bring others. The j-th sample gets the seed plus j
+        # all settings are given, or a model's generation_config.json may change them. Sample j has the seed plus j
         how = dict(
             n=1 if greedy else k,
             temperature=temperature,
@@ -216,12 +214,12 @@ class VLLM:
 
     def self_test(self, tensors: dict, prompts: list[list[int]], log_probs, exact: bool, max_tokens=32) -> dict:
         """
-        Compare the engine with the Hugging Face model under large random vectors and none; exit if they disagree.
+        Compare the engine with the Hugging Face model, with and without large random vectors; exit if they disagree.
 
-        tensors: the random vectors, as `push` takes them. log_probs(steered, prompts, completions): the log-probs that
-        the Hugging Face model computes, a flat tensor. exact: both compute in float32.
-        Returns the mean |difference| of token log-probs in nats: "steered" and "base" (both have the same vectors),
-        "effect" (the engine alone has them: how much there is to miss).
+        tensors: the random vectors, as for `push`. log_probs(steered, prompts, completions): the Hugging Face model's
+        log-probs, a flat tensor. exact: both compute in float32.
+        Returns mean |differences| of token log-probs in nats: "steered" and "base", where both have the same vectors,
+        and "effect", where only the engine has them: what an error could be as large as.
         """
         found = {}
         for name, given, steered in (("base", {}, False), ("steered", tensors, True), ("effect", tensors, False)):
@@ -229,11 +227,11 @@ class VLLM:
             completions, _, logps = self.sample(given, prompts, 1, limits, [], 1.0, seeds, bar="testing vLLM")
             sampled = torch.tensor([x for row in logps for x in row])
             found[name] = (log_probs(steered, prompts, completions).cpu() - sampled).abs().mean().item()
-        # right engines: 1e-7 in float32, 0.002 in bfloat16, which rounds; one of 28 layers forgotten: 0.03 to 0.1
+        # a right engine: 1e-7 in float32, 0.002 in bfloat16, which rounds; one of 28 layers forgotten: 0.03 to 0.1
         allowed = (0.001 if exact else 0.02) * found["effect"]
         numbers = (
-            f"mean difference of token log-probs {found['steered']:.2g} nats under random vectors, {found['base']:.2g} "
-            f"under none; leaving the vectors out would make {found['effect']:.2g}"
+            f"token log-probs differ by {found['steered']:.2g} nats (mean) with random vectors, {found['base']:.2g} "
+            f"without; leaving the vectors out would make {found['effect']:.2g}"
         )
         if not max(found["steered"], found["base"]) < allowed:
             why = f"vLLM and the Hugging Face model disagree, so nothing was trained or measured: {numbers}"

@@ -33,10 +33,15 @@ def vector(seed, width=32, size=0.5):
     return size * torch.randn(width, generator=torch.Generator().manual_seed(seed))
 
 
+def as_json(found):
+    """Numbers as in a JSON file."""
+    return json.loads(json.dumps(found, default=Estimate.json))
+
+
 class Subject:
     """Stands for model.Subject around a random model."""
 
-    name, system, template, sampler = "random", None, None, "hf"
+    name, system, template, form, sampler = "random", None, None, "box", "hf"
 
     def __init__(self, llm, tokenizer, folder):
         self.llm, self.tokenizer, self.folder = llm, tokenizer, folder
@@ -300,7 +305,7 @@ def test_pair_gain():
     assert share.interval[0] < 0.5 < share.interval[1]
     # the better of the two singles counts, whichever it is
     other = analyze.pair_gain(accuracy(50, 100), accuracy(40, 100), accuracy(20, 100), accuracy(60, 100))
-    assert analyze.as_json(other) == analyze.as_json(gain)
+    assert as_json(other) == as_json(gain)
     same = analyze.pair_gain(accuracy(60, 100), accuracy(20, 100), accuracy(40, 100), accuracy(60, 100))
     assert same["cross"] and same["share"].interval == (1, 1)  # resampled together: one and the same in every draw
     worse = analyze.pair_gain(accuracy(30, 100), accuracy(20, 100), accuracy(40, 100), accuracy(60, 100))
@@ -420,7 +425,7 @@ def test_case_in_both_forms(layer, block, tokenizer, tmp_path, texts):
     """s at the end of its layer, and after the attention of the next block, of the last one for the last layer."""
     llm, s = random_llm(), vector(0)
     lab = lab_of(llm, [{layer: s}], tmp_path, tokenizer)
-    doc = analyze.as_json(analyze.case(lab))
+    doc = as_json(analyze.case(lab))
     models = {"At its own place": biased(llm, layer, "mlp.down_proj", s)}
     models[f"After the attention of layer {block}"] = biased(llm, block, "self_attn.o_proj", s)
     assert doc["forms"] == list(models)
@@ -450,7 +455,7 @@ def test_case_in_both_forms(layer, block, tokenizer, tmp_path, texts):
 @pytest.mark.parametrize("places", [{"1.attention": 32}, {0: 32, 1: 32}, {"1@answer": 32}])
 def test_case_of_other_runs_has_the_own_place_alone(places, qwen2, tokenizer, tmp_path, texts):
     vectors = {place: vector(0, n) for place, n in places.items()}
-    doc = analyze.as_json(analyze.case(lab_of(qwen2, [vectors], tmp_path, tokenizer)))
+    doc = as_json(analyze.case(lab_of(qwen2, [vectors], tmp_path, tokenizer)))
     assert doc["forms"] == ["At its own place"] and "P4 Fig. 6's form" in doc["reading"]
     figures.draw("case", doc, tmp_path / "case.png")
 
@@ -470,7 +475,7 @@ def test_lines_of():
 def test_panels_that_share_y_show_the_highest_of_all(tmp_path, monkeypatch):
     """Greedy accuracies are above those at T = 1, and no point may be cut off."""
     drawn = []
-    monkeypatch.setattr(figures.plt, "close", drawn.append)
+    monkeypatch.setattr(figures.Figure, "savefig", lambda fig, *args, **how: drawn.append(fig))
     row = {"base": 0.1, "3": 0.2}, {"base": 0.1, "3": 0.95}
     by_decoding = {name: {key: {"value": x} for key, x in values.items()} for name, values in zip("ab", row)}
     figures.draw("sweep", {"layers": [3], "depth": 28, "by_decoding": by_decoding}, tmp_path / "sweep.png")
@@ -484,7 +489,7 @@ def test_panels_that_share_y_show_the_highest_of_all(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Run folders of the embedded model with vectors that nobody trained."""
+    """Run folders of the built-in model with vectors that nobody trained."""
     folder = tmp_path_factory.mktemp("out")
     llm, _ = model.load("tiny", "cpu")
 

@@ -8,7 +8,7 @@ import conftest
 import pytest
 import torch
 from conftest import random_llm
-from test_analyze import lab_of
+from test_analyze import as_json, lab_of
 from transformers import Gemma3TextConfig
 
 import analyze
@@ -352,7 +352,7 @@ def test_copies_in_another_dtype_keep_their_rotary_frequencies(qwen2):
 
 
 def small_lab(tokenizer, vectors, folder, n=4, **changes):
-    """A lab around a random model that can read the embedded model's problems."""
+    """A lab around a random model that can read the built-in model's problems."""
     llm = random_llm(vocab_size=len(tokenizer), max_position_embeddings=256)
     rows = problems_of(TINY / "test.jsonl").rows[:n]
     return lab_of(llm, vectors, folder, tokenizer, rows, **changes)
@@ -364,7 +364,7 @@ def test_patch_and_its_figure(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(analyze, "familywise_p", lambda gains: tested.extend(gains) or real[1](gains))
     s = vector()
     lab = small_lab(tokenizer, [{1: s}, {2: vector(1)}], tmp_path, samples=2, sample_heads=True)
-    doc = analyze.as_json(analyze.patch(lab))
+    doc = as_json(analyze.patch(lab))
     assert asked[0] == {1: s}  # texts of the steered model; then one after the other the conditions
     assert [sorted(map(str, given)) for given in asked[1:4]] == [["1"], ["2.attention"], ["2"]]
     assert len(asked) == 1 + 9 + 16 and not any(asked[10:])  # those of heads come as contexts
@@ -411,7 +411,9 @@ def test_accuracies_are_sampled_under_their_condition(tokenizer, tmp_path, monke
     assert steered.value == 0.5 and steered.interval == (0.5, 0.5)  # one right of two, for every problem
     # kept are texts: another grader grades them again, and nothing is sampled
     monkeypatch.setattr(model.Subject, "rollouts", None)
-    monkeypatch.setattr(analyze, "grade", lambda texts, golds: [1.0] * len(texts))
+    monkeypatch.setattr(lab.subject, "form", "answer")  # asked for in a tag, so that no box is right
+    assert analyze.under(lab, "Skip-Layer", lines["Skip-Layer"], {1: vector()}).value == 0
+    monkeypatch.setattr(analyze, "grade", lambda texts, golds, form: [1.0] * len(texts))
     assert analyze.under(lab, "Skip-Layer", lines["Skip-Layer"], {1: vector()}).value == 1
 
 
@@ -446,7 +448,7 @@ def test_the_first_layer_whose_attention_can_change():
 
 
 def test_attention_and_its_figure(tokenizer, tmp_path):
-    doc = analyze.as_json(analyze.attention(small_lab(tokenizer, [{0: vector()}], tmp_path)))
+    doc = as_json(analyze.attention(small_lab(tokenizer, [{0: vector()}], tmp_path)))
     assert doc["controls"] == {"largest_below": 0}
     heads = {name: torch.tensor(x) for name, x in doc["by_head"].items()}
     assert heads["steered"].shape == (3, 4) and heads["floor"].min() > 0
@@ -456,7 +458,7 @@ def test_attention_and_its_figure(tokenizer, tmp_path):
     assert doc["above"]["steered"]["value"] == pytest.approx(heads["steered"][1:].mean().item())
     figures.draw("attention", doc, tmp_path / "attention.png")
     assert (tmp_path / "attention.png").stat().st_size > 10_000
-    last = analyze.as_json(analyze.attention(small_lab(tokenizer, [{2: vector()}], tmp_path / "last", n=1)))
+    last = as_json(analyze.attention(small_lab(tokenizer, [{2: vector()}], tmp_path / "last", n=1)))
     assert last["above"] is None and "last layer" in last["reading"]
     figures.draw("attention", last, tmp_path / "last.png")
 

@@ -50,8 +50,8 @@ def test_the_round_trip(tiny_file, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     train.main(train.Config(
         model=str(tiny_file), layer="20", data="data/tiny/train.jsonl", held_out="data/tiny/test.jsonl", steps=1,
-        prompts=2, samples=4, max_tokens=8, eval_problems=2, device="cpu",
-    ))  # fmt: skip
+        prompts=2, samples=4, max_tokens=8, eval_problems=2,
+    ))  # fmt: skip; the device, too, is left to its default
     run = tmp_path / "out/small-layer20"
     assert json.loads((run / "config.json").read_text())["model"] == str(tiny_file)
     evaluate.main(evaluate.Config(str(run), data="data/tiny/test.jsonl", problems=2, device="cpu"))
@@ -153,10 +153,10 @@ def test_digits_stand_alone_where_llama_cpp_splits_them(tiny, tmp_path):
 
 
 def test_vllm_reads_no_gguf_file(tiny_file):
-    subject = evaluate.Subject(str(tiny_file), device="cpu", sampler="vllm")
+    subject = model.Subject(name=str(tiny_file), device="cpu", sampler="vllm")
     with pytest.raises(SystemExit, match="--sampler vllm: vLLM reads no .gguf file; use --sampler hf"):
         subject.samples_with  # noqa: B018
-    assert evaluate.Subject(str(tiny_file), device="cpu").samples_with == "hf"
+    assert model.Subject(name=str(tiny_file), device="cpu").samples_with == "hf"
 
 
 def test_the_list_of_what_can_be_read():

@@ -4,7 +4,7 @@ What analyze.py says about models whose truth is known (data/tiny/world.py): hit
 $ python tests/test_truths.py                  # the table: analysis x organism, two seeds; makes what is missing
 $ python -m pytest -m slow tests/test_truths.py
 
-The embedded model has everything that is asked for here. Each organism lacks something, and there the same analysis
+The built-in model has everything that is asked for here. Each organism lacks something, and there the same analysis
 must say no. The thresholds were written down before these organisms were made. An organism takes five to ten minutes of
 a core, a vector two to four. All of it stays in out/truths-CHECKSUM of the weights.
 """
@@ -32,7 +32,7 @@ LAST, MIDDLE = "27", "14"
 
 @dataclass
 class Config:
-    organisms: tuple[str, ...] = ("tiny", *world.ORGANISMS)  # names of world.ORGANISMS; tiny is the embedded model
+    organisms: tuple[str, ...] = ("tiny", *world.ORGANISMS)  # names of world.ORGANISMS; tiny is the built-in model
     seeds: tuple[int, ...] = (0, 1)  # of training and of the answers that are analysed
 
 

@@ -197,14 +197,17 @@ def world_of(args: Config) -> dict:
         if name not in world.ORGANISMS:
             sys.exit(f"--organism wants a number or one of {', '.join(world.ORGANISMS)}; got {name!r}")
         return world.ORGANISMS[name]
-    file = world.truth_file(int(name))
-    if not file.is_file():  # an interrupted run goes on with the plant it began with
-        world.hide(world.draw_plant(), file)
+    file, sealed = world.truth_file(int(name)), args.out / "truth.sha256"
+    if sealed.is_file() and not file.is_file():  # a student's folder: its weights and checksum are the lecturer's
+        sys.exit(f"{args.out} was handed out: without {file} nothing is made anew")
+    password = world.password()
+    if not file.is_file():  # an interrupted run goes on with what it began with
+        world.hide(world.draw_plant(), file, password)
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "truth.sha256").write_text(digest + "\n")  # handed out: the truth cannot be changed afterwards
+    sealed.write_text(digest + "\n")  # handed out: the truth cannot change afterwards
     print(f"what is planted stands in {file}, sha256 {digest}")
-    return {"plant": world.uncover(file)}
+    return {"plant": world.uncover(file, password)}
 
 
 def begin(args: Config, layer: int | None) -> tuple:

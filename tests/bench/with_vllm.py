@@ -2,7 +2,7 @@
 Tokens per second of vLLM with steering vectors against stock vLLM, in turn in one process, and the time of changing
 vectors.
 
-$ python tests/bench/with_vllm.py                     # embedded model; --model for another
+$ python tests/bench/with_vllm.py                     # built-in model; --model for another
 $ VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind python tests/bench/with_vllm.py --eager   # on a CPU
 """
 
@@ -24,7 +24,7 @@ from plumbing.vllm import VLLM  # noqa: E402
 
 @dataclass
 class Config:
-    model: str = "tiny"                    # embedded model, local folder or hub id
+    model: str = "tiny"                    # built-in model, local folder or hub id
     prompts: int = 32                      # problems
     samples: int = 16                      # answers to each
     max_tokens: int = 60                   # tokens of every answer: none ends earlier, so both make the same number
