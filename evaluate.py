@@ -29,6 +29,7 @@ import tyro
 import model
 from data.problems import PAPERS, Problems, benchmarks, problems_of, prompt_ids
 from model import Subject
+from plumbing.bars import Bar
 from plumbing.files import FAMILY, ROOT, TINY, checksum, config_of, identity, keep, kept, lines_of, write
 from plumbing.settings import Usual, at_least, own_first
 from rewards import grade
@@ -62,7 +63,7 @@ def grader() -> str:
 
 
 def answers(
-    subject: Subject, vectors: dict, problems: Problems, k=1, temperature=1.0, seed=0, prefix="", bar=None
+    subject: Subject, vectors: dict, problems: Problems, k=1, temperature=1.0, seed=0, prefix="", bar="sampling"
 ) -> dict[str, list]:
     """
     Answer every problem k times (greedily once) with the steered model, {} for the base, and grade: lists by problem.
@@ -328,7 +329,8 @@ def unseen(run: Path, config: dict, subject: Subject) -> Problems:
     data = problems_of(config["data"])
     seen = {line for row in lines_of(run / "metrics.jsonl") for line in row["problems"]}
     asked = partial(prompt_ids, subject.tokenizer, system=config.get("system"), template=config.get("template"))
-    rows = [row for row in data.rows if row["line"] not in seen and len(asked(row["problem"])) < config["context"]]
+    every = Bar(data.rows, desc="prompts", unit="problems")
+    rows = [row for row in every if row["line"] not in seen and len(asked(row["problem"])) < config["context"]]
     return Problems(f"unseen-{data.name}", rows[:400], checksum(json.dumps(rows[:400]).encode()))
 
 

@@ -43,6 +43,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 
+from plumbing.bars import Bar
 from plumbing.notation import (
     AND,
     OR,
@@ -305,7 +306,8 @@ def grade(
     if jobs:
         workers = workers or min(os.cpu_count(), 16)
         with ThreadPoolExecutor(min(workers, len(jobs))) as threads:  # each thread waits for one process
-            known |= zip(jobs, threads.map(lambda pair: ask(*pair, timeout), jobs))
+            replies = threads.map(lambda pair: ask(*pair, timeout), jobs)
+            known |= zip(jobs, Bar(replies, total=len(jobs), desc="grading", unit="answers"))
     return [float(any(known[pair] for pair in some)) for some in pairs]
 
 

@@ -33,13 +33,13 @@ import tyro
 from torch import nn
 from torch.nn.functional import normalize
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 
 import model
 from data.problems import MATH_PROMPT, Problems, problems_of, template_of
 from evaluate import compare_with_base
 from model import Subject
 from plumbing import memory, processes, settings
+from plumbing.bars import Bar
 from plumbing.few import Few
 from plumbing.figures import plot_reward
 from plumbing.files import FAMILY, append, config_of, lines_of
@@ -187,7 +187,7 @@ class Run:
     subject: Subject  # the model, its sampler, and how it is asked
     save_every: int  # steps between saved states for --resume
     timeouts: int = field(default_factory=grading_timeouts)  # comparisons that the grader gave up before this step
-    bar: tqdm | None = None
+    bar: Bar | None = None
 
 
 def main(args: Config) -> None:
@@ -443,7 +443,8 @@ def open_run(args: Config) -> Run:
     subject.template = template_of(subject.tokenizer, args.template)
     subject.system = MATH_PROMPT if args.system is None else args.system
     args = replace(args, context=min(args.context, subject.context))
-    fit = [row for row in problems.rows if len(subject.prompt(row)) < args.context]
+    asked = Bar(problems.rows, desc="prompts", unit="problems")
+    fit = [row for row in asked if len(subject.prompt(row)) < args.context]
     if (cut := len(problems.rows) - len(fit)) and rank() == 0:
         print(f"left out {cut} of {len(problems.rows)} problems: their prompts fill --context {args.context}")
     if len(fit) < args.prompts:
@@ -474,10 +475,11 @@ def start(run: Run, trained, adam: torch.optim.Adam) -> int:
     return first
 
 
-def progress(run: Run, first: int) -> tqdm:
+def progress(run: Run, first: int) -> Bar:
+    """The steps to do, with a bar."""
     """The steps to do, with a progress bar."""
     steps = run.args.steps
-    run.bar = tqdm(range(first, steps), initial=first, total=steps, desc="reward  ?", unit="step", disable=rank() > 0)
+    run.bar = Bar(range(first, steps), leave=True, initial=first, total=steps, desc="reward  ?", unit="steps")
     return run.bar
 
 
@@ -564,7 +566,9 @@ def held_out_accuracy(run: Run, vectors: dict, step: int) -> dict[str, float]:
     if not run.args.eval_every or step % run.args.eval_every or not run.held_out:
         return {}
     rows, n = shard(run.held_out.rows), len(run.held_out.rows)
-    rolled = run.subject.rollouts(vectors, rows, 1, seed=shard(model.prompt_seeds(run.args.seed, range(n))))
+    seeds = shard(model.prompt_seeds(run.args.seed, range(n)))
+    rolled = run.subject.rollouts(vectors, rows, 1, seed=seeds, bar="held out")
+    right = sum(grade(rolled.texts, [row["answer"] for row in rows]))
     right = sum(grade(rolled.texts, [row["answer"] for row in rows], run.subject.form))
     return {"held_out": sum(all_gather(right)) / n}
 

@@ -26,11 +26,11 @@ import torch.nn.functional as F
 import tyro
 import world
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
-from tqdm import tqdm
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
+from plumbing.bars import Bar
 from plumbing.settings import Usual
 
 # as in Qwen2.5-Math, the reasoning prompt is the system message unless another one is given
@@ -240,7 +240,7 @@ def main(args: Config) -> None:
         llm.load_state_dict(state["llm"])
         adam.load_state_dict(state["adam"])
         first = state["step"]
-    bar = tqdm(range(first, args.steps), initial=first, total=args.steps, unit="step")
+    bar = Bar(range(first, args.steps), leave=True, initial=first, total=args.steps, desc="loss  ?", unit="steps")
     for step in bar:
         decay = min(1, (args.steps - step) / (0.4 * args.steps))
         adam.param_groups[0]["lr"] = args.lr * min(1, (step + 1) / args.warmup) * max(0.02, decay)
