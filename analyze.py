@@ -34,13 +34,13 @@ import numpy as np
 import torch
 import tyro
 from torch.nn.functional import normalize
-from tqdm import tqdm
 
 import model
 from data.paper import report
 from data.problems import Problems, benchmarks, problems_of, prompt_ids
 from evaluate import Estimate, answers, grader, markdown, vectors_of
 from model import Subject
+from plumbing.bars import Bar, waiting
 from plumbing.figures import draw, piece, quoted, spread
 from plumbing.files import checksum, config_of, identity, keep, kept, lines_of, write
 from plumbing.settings import CHANGE_NO_NUMBER, Usual, at_least, check_seed, flag, label_of, own_first
@@ -167,7 +167,7 @@ class Lab:
         for problems in self.sets:
             k = (self.args.samples or problems.samples) if temperature else 1  # greedy answers are all the same
             by_seed = [right(problems, k, seed) for seed in (self.seeds if temperature else (0,))]
-            parts.append(Estimate.of([sum(samples, []) for samples in zip(*by_seed)]))
+            parts.append(Estimate.rate([sum(samples, []) for samples in zip(*by_seed)]))
         return parts[0] if len(parts) == 1 else Estimate.mean(parts)
 
     def accuracy(self, vectors: dict, label: str, temperature=None, prefix="", subject=None) -> Estimate:
@@ -182,7 +182,7 @@ class Lab:
 
     def compare(self, conditions: dict, temperature: float | None = None) -> dict[str, Estimate]:
         """The accuracy under each condition {name: vectors}."""
-        bar = tqdm(conditions.items(), desc=self.args.name, disable=len(conditions) < 5)
+        bar = Bar(conditions.items(), desc=self.args.name, unit="conditions")
         return {name: self.accuracy(vectors, name, temperature) for name, vectors in bar}
 
     def answered(self, vectors: dict, label: str) -> tuple[list, list, list]:
@@ -346,10 +346,10 @@ def floor(llm, prompts, completions, texts=32) -> dict[str, float]:
     return {"delta_p": delta.mean().item(), "kl": kl(llm, own, rounded).mean().item(), "tokens": len(own)}
 
 
-def batches_of(prompts, completions, tokens=4096, desc=None) -> Iterator[tuple[list[int], list, list]]:
+def batches_of(prompts, completions, tokens=4096, desc="texts") -> Iterator[tuple[list[int], list, list]]:
     """(numbers of the rows, their prompts, their completions), at most so many tokens at a time."""
     lengths = [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]
-    for batch in tqdm(model.batches(lengths, tokens), desc=desc, disable=desc is None, leave=False):
+    for batch in Bar(model.batches(lengths, tokens), desc=desc, unit="batches"):
         yield batch, [prompts[i] for i in batch], [completions[i] for i in batch]
 
 
@@ -977,7 +977,7 @@ def under(lab: Lab, name: str, way, vectors: dict) -> Estimate:
 
         # texts are kept, not grades, so that a corrected grader can grade them again
         texts = lab.once(f"accuracy {name}, {problems.name}, seed {seed}", vectors, ask)
-        flat = grade(texts, [row["answer"] for row in problems.rows for _ in range(k)])
+        flat = grade(texts, [row["answer"] for row in problems.rows for _ in range(k)], lab.subject.form)
         return [flat[i : i + k] for i in range(0, len(flat), k)]
 
     return lab.over_sets(right, T)
@@ -1094,7 +1094,7 @@ def attention_kl(llm, vectors: dict, prompts, completions, queries=128, seed=0) 
     chance = {place: random_like(s, seed, place) for place, s in vectors.items()}
     runs = {"steered": (llm, vectors), "random": (llm, chance), "floor": (other, {})}
     found = {name: [] for name in runs}  # of each text: (L, H)
-    for text in tqdm(list(zip(prompts, completions)), desc="attention", leave=False):
+    for text in Bar(list(zip(prompts, completions)), desc="attention", unit="texts"):
         last = sum(map(len, text)) - 1
         some = torch.linspace(1, last, min(queries, last)).round().long().to(llm.device)
         base = patterns(llm, *text, some)
@@ -1281,7 +1281,8 @@ def main(args: Config) -> dict | None:
     doc = None if args.name == "cost" else kept(path, lab.key)  # the key does not know the files that cost reads
     if doc is None:
         about = {"name": args.name, "command": command(args), "about": lab.about}
-        doc = keep(path, lab.key, about | ANALYSES[args.name].compute(lab))
+        with waiting(args.name):
+            doc = keep(path, lab.key, about | ANALYSES[args.name].compute(lab))
         write(path.with_suffix(".md"), f"{doc['reading']}\n\n{markdown(*doc['table'])}\n")
     draw(args.name, doc, path.with_suffix(".png"))
     print(f"{doc['reading']}\nwrote {path} and {path.with_suffix('.png')}")

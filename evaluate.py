@@ -27,10 +27,10 @@ import torch
 import tyro
 
 import model
-import rewards
 from data.problems import PAPERS, Problems, benchmarks, problems_of, prompt_ids
 from model import Subject
-from plumbing.files import FAMILY, TINY, checksum, config_of, identity, keep, kept, lines_of, write
+from plumbing.bars import Bar
+from plumbing.files import FAMILY, ROOT, TINY, checksum, config_of, identity, keep, kept, lines_of, write
 from plumbing.settings import Usual, at_least, own_first
 from rewards import grade
 
@@ -58,19 +58,20 @@ class Config(model.Asking):
 @cache
 def grader() -> str:
     """A checksum of what decides between right and wrong."""
-    return checksum(Path(rewards.__file__).read_bytes() + version("math-verify").encode())
+    code = [(ROOT / name).read_bytes() for name in ("rewards.py", "plumbing/notation.py")]
+    return checksum(b"".join(code) + version("math-verify").encode())
 
 
 def answers(
-    subject: Subject, vectors: dict, problems: Problems, k=1, temperature=1.0, seed=0, prefix="", bar=None
+    subject: Subject, vectors: dict, problems: Problems, k=1, temperature=1.0, seed=0, prefix="", bar="sampling"
 ) -> dict[str, list]:
     """
     Answer every problem k times (greedily once) with the steered model, {} for the base, and grade: lists by problem.
 
     {"correct": [problem][sample] rewards, "completions": texts, "ended": False where cut off, "lengths": tokens,
-    "prompt_ids", "completion_ids", "seconds", "grader"}. Kept answers are reused: 300 asked for are the first 300 of
-    1,000 kept ones, and to 300 kept ones 700 are added, because a problem's answers depend on its own seed alone.
-    Answers that another grader graded are graded again, not sampled again.
+    "prompt_ids", "completion_ids", "seconds", "grader", "form": in which the prompts asked for the answers}.
+    Kept answers are reused: 300 asked for are the first 300 of 1,000 kept ones, and to 300 kept ones 700 are added,
+    because a problem's answers depend on its own seed alone. Answers that another grader graded are graded again.
     """
     k, seed = (k, seed) if temperature else (1, 0)
     key = subject.key | {"vectors": identity(vectors), "data": problems.checksum, "prefix": prefix}
@@ -79,9 +80,11 @@ def answers(
     found = kept(subject.folder / name, key) or {}
     done, n = len(found.get("correct", [])), len(problems.rows)
     graders = found.setdefault("grader", [""] * done)
+    if done and "form" not in found:  # answers of an earlier version
+        found["form"] = [subject.form] * done
     if stale := [i for i in range(min(done, n)) if graders[i] != grader()]:
         texts, golds = zip(*((text, problems.rows[i]["answer"]) for i in stale for text in found["completions"][i]))
-        again = grade(texts, golds)
+        again = grade(texts, golds, found["form"][0])
         for place, i in enumerate(stale):
             found["correct"][i], graders[i] = again[place * k : place * k + k], grader()
         keep(subject.folder / name, key, found)
@@ -91,15 +94,15 @@ def answers(
         rolled = subject.rollouts(vectors, rows, k, temperature=temperature, seed=seeds, prefix=prefix, bar=bar)
         seconds = time.perf_counter() - began
         by_row = {
-            "correct": grade(rolled.texts, [row["answer"] for row in rows for _ in range(k)]),
+            "correct": grade(rolled.texts, [row["answer"] for row in rows for _ in range(k)], subject.form),
             "completions": rolled.texts,
             "ended": rolled.ended,
             "lengths": [len(c) for c in rolled.completions],
             "completion_ids": rolled.completions,
         }
         new = {what: [flat[i : i + k] for i in range(0, len(flat), k)] for what, flat in by_row.items()}
-        new |= {"seconds": [seconds / len(rows)] * len(rows), "grader": [grader()] * len(rows)}
-        new |= {"prompt_ids": rolled.prompts[::k]}
+        each = {"seconds": seconds / len(rows), "grader": grader(), "form": subject.form}
+        new |= {what: [x] * len(rows) for what, x in each.items()} | {"prompt_ids": rolled.prompts[::k]}
         found = keep(subject.folder / name, key, {what: found.get(what, []) + part for what, part in new.items()})
     return {what: part[:n] for what, part in found.items()}
 
@@ -121,25 +124,33 @@ class Estimate:
     the same ones, so the draws of a - b are those of the difference: what is hard for both does not count as noise.
     """
 
-    def __init__(self, value: float | None, draws: np.ndarray, unclear: bool = False):
-        self.value, self.draws, self.unclear = value, draws, unclear
+    def __init__(self, value: float | None, draws: np.ndarray, n: int = 0):
+        self.value, self.draws, self.n, self.unclear = value, draws, n, False  # n: problems of a share, else 0
 
     @classmethod
     def of(cls, rows: list[list[float]]) -> "Estimate":
-        """The mean of the rows' means. rows: [problem][sample], for example 0 or 1."""
+        """The mean of the rows' means. rows: [problem][sample], any numbers."""
         means = np.array([np.mean(row) for row in rows])
         return cls(float(means.mean()), means[resamples(len(means))].mean(1))
+
+    @classmethod
+    def rate(cls, rows: list[list[float]]) -> "Estimate":
+        """The same of numbers from 0 to 1, for example grades."""
+        found = cls.of(rows)
+        found.n = len(rows)
+        return found
 
     @classmethod
     def mean(cls, parts: list["Estimate"]) -> "Estimate":
         """The mean over different sets of problems (benchmarks of equal weight), drawn independently of each other."""
         draws = [np.random.default_rng(i).permutation(part.draws) for i, part in enumerate(parts)]
-        return cls(statistics.mean(part.value for part in parts), np.mean(draws, 0))
+        n = len(parts) * min(part.n for part in parts)  # the smallest set has the largest doubt
+        return cls(statistics.mean(part.value for part in parts), np.mean(draws, 0), n)
 
     @classmethod
     def largest(cls, *parts: "Estimate") -> "Estimate":
         """The largest of paired estimates, chosen anew in every draw."""
-        return cls(max(part.value for part in parts), np.max([part.draws for part in parts], 0))
+        return cls(max(part.value for part in parts), np.max([part.draws for part in parts], 0), parts[0].n)
 
     def __sub__(self, other: "Estimate") -> "Estimate":
         return Estimate(self.value - other.value, self.draws - other.draws)
@@ -161,7 +172,14 @@ class Estimate:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """(low, high) of the 95 % percentile interval; without any draws not a number."""
+        """
+        (low, high) of the 95 % percentile interval; without any draws not a number.
+
+        A share of 0 or 1 stays what it is in every draw, and has Wilson's interval instead: 0 of 2 -> (0, 0.66).
+        """
+        if self.n and self.value in (0, 1):
+            width = 1.96**2 / (self.n + 1.96**2)
+            return (0.0, width) if self.value == 0 else (1 - width, 1.0)
         low, high = np.percentile(self.draws, [2.5, 97.5]) if len(self.draws) else (float("nan"),) * 2
         return float(low), float(high)
 
@@ -205,7 +223,7 @@ def summary(results: list[dict]) -> dict:
     by_seed = [statistics.mean(map(statistics.mean, r["correct"])) for r in results]
     lengths = [length for r in results for row in r["lengths"] for length in row]
     return {
-        "accuracy": Estimate.of(correct),
+        "accuracy": Estimate.rate(correct),
         "by_seed": by_seed,
         "sd_over_seeds": statistics.pstdev(by_seed) if len(by_seed) > 1 else None,  # divisor n, as the papers
         "problems": len(correct),
@@ -287,7 +305,7 @@ def compare_with_base(subject, vectors: dict, problems: Problems, base: str, see
             subject.swap(base)
         for t in (1.0, 0.0):
             found[who, t] = answers(subject, given, problems, 1, t, seed, bar=f"{who}, held out, T = {t:g}")
-    accuracy = {key: Estimate.of(x["correct"]) for key, x in found.items()}
+    accuracy = {key: Estimate.rate(x["correct"]) for key, x in found.items()}
     accuracy |= {("difference", t): accuracy["steered", t] - accuracy["base", t] for t in (1.0, 0.0)}
     print(f"\nright answers to {len(problems.rows)} held-out problems in %, with 95 % intervals over problems\n")
     table = [[who, accuracy[who, 1.0].text(), accuracy[who, 0.0].text()] for who in ("base", "steered", "difference")]
@@ -311,7 +329,8 @@ def unseen(run: Path, config: dict, subject: Subject) -> Problems:
     data = problems_of(config["data"])
     seen = {line for row in lines_of(run / "metrics.jsonl") for line in row["problems"]}
     asked = partial(prompt_ids, subject.tokenizer, system=config.get("system"), template=config.get("template"))
-    rows = [row for row in data.rows if row["line"] not in seen and len(asked(row["problem"])) < config["context"]]
+    every = Bar(data.rows, desc="prompts", unit="problems")
+    rows = [row for row in every if row["line"] not in seen and len(asked(row["problem"])) < config["context"]]
     return Problems(f"unseen-{data.name}", rows[:400], checksum(json.dumps(rows[:400]).encode()))
 
 
@@ -351,7 +370,7 @@ def checkpoints(subject: Subject, config: dict, run: Path, sets: list[Problems],
         if others.rows:
             bar = f"step {step}, {others.name}"
             right = answers(subject, vectors, others, 1, T, 0, args.prefix, bar=bar)["correct"]
-            validation[step] = Estimate.of(right)
+            validation[step] = Estimate.rate(right)
     rules = chosen(test, validation)
     fair, optimistic = rules.get("best on unseen training problems", rules["last"]), rules["best on the test problems"]
     difference = test[optimistic] - test[fair]

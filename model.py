@@ -33,13 +33,13 @@ from safetensors.torch import save_file
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import DynamicCache
 from transformers.utils import logging
 
-from data.problems import prompt_ids
+from data.problems import prompt_ids, template_of
 from plumbing import fast, gguf_file, memory
+from plumbing.bars import Bar, waiting
 from plumbing.fast import batches
 from plumbing.files import FAMILY, base_checksum, is_gguf, source_of, written
 from plumbing.settings import Usual
@@ -51,6 +51,7 @@ UNREADABLE = (OSError, ValueError, SafetensorError, ImportError, NotImplementedE
 # ---------------------------------------------------------------------------------------------------------- the model
 
 
+@waiting("loading the model")
 def load(name: str = "tiny", device: str = "auto", dtype: str = "auto"):
     """
     Load a causal LM, frozen and in eval mode, with its tokenizer: (llm, tokenizer).
@@ -271,7 +272,7 @@ def residual_rms(llm, prompts: list[list[int]], places: list) -> dict:
             module = decoder_layers(llm)[layer]
         pairs.append((module, partial(keep, place)))
     with hooks(pairs):
-        for ids in prompts:
+        for ids in Bar(prompts, desc="size of the stream", unit="prompts"):
             llm.get_decoder()(input_ids=torch.tensor([ids], device=llm.device), use_cache=False)
     return {place: torch.cat(sizes).median().item() for place, sizes in found.items()}
 
@@ -287,7 +288,7 @@ def prompt_seeds(seed: int, numbers) -> list[int]:
 @torch.no_grad()
 def sample(
     llm, prompts: list[list[int]], k: int, max_tokens: int | list[int], stop: list[int], temperature=1.0,
-    seed: int | list[int] = 0, max_rows=512, bar=None, keep: int | None = None,
+    seed: int | list[int] = 0, max_rows=512, bar="sampling", keep: int | None = None,
 ) -> tuple:  # fmt: skip
     """
     Sample k completions of every prompt from the model as it is (call inside `steer` to steer it).
@@ -297,7 +298,7 @@ def sample(
     temperature: 0 decodes greedily, token for token as `generate`.
     seed: one number, or one for each prompt. A prompt's answers depend on its own seed alone, not on the batch it is
     in (up to rounding).
-    max_rows: rows decoded at once, fewer if memory is short, but all k of a prompt.
+    max_rows: rows decoded at once, fewer if memory is short, but all k of a prompt. bar: what the progress bar says.
     Returns N*k completions as token ids, prompt by prompt, and for each whether it ended by itself.
     keep: a layer; a third list has the states that enter it, for every completion those of its prompt (P, D) and of its
     tokens but the last (C - 1, D).
@@ -311,21 +312,23 @@ def sample(
     max_rows = min(max_rows, int(0.7 * memory.free(llm.device) / row))
     completions, states, entering, n = [], [], [], max(1, max_rows // k)  # entering: in each forward pass of a batch
     see = [] if keep is None else [(decoder_layers(llm)[keep], lambda module, args, output: entering.append(args[0]))]
+    bar = Bar(total=len(prompts) * k, desc=bar, unit="answers")
     try:
-        for i in tqdm(range(0, len(prompts), n), desc=bar, disable=bar is None, unit="batch", leave=False):
-            batch = slice(i, i + n)
+        for i in range(0, len(prompts), n):
+            batch, bar.later = slice(i, i + n), k * sum(limits[i + n :])
             with hooks(see):
-                rows, fed = _decode(llm, prompts[batch], k, limits[batch], stop, temperature, seeds[batch])
+                rows, fed = _decode(llm, prompts[batch], k, limits[batch], stop, temperature, seeds[batch], bar)
             completions += rows
             if keep is not None:
                 states += fast.states_by_row(prompts[batch], rows, fed, entering)
     finally:
+        bar.close()
         llm.answer_positions = None  # after Ctrl-C, too: nothing else may take them for its own
     found = completions, [row[-1] in stop for row in completions]
     return found if keep is None else (*found, states)
 
 
-def _decode(llm, prompts, k, limits, stop, temperature, seeds):
+def _decode(llm, prompts, k, limits, stop, temperature, seeds, bar):
     """One batch of `sample`: the completions of its B = N*k rows, and the rows of every forward pass."""
     device, B, P, C = llm.device, len(prompts) * k, max(map(len, prompts)), max(limits)
     ids, mask, positions = fast.left_padded(prompts, device)
@@ -353,11 +356,14 @@ def _decode(llm, prompts, k, limits, stop, temperature, seeds):
     tokens = torch.zeros(B, C, dtype=torch.long, device=device)
     going = torch.ones(B, dtype=torch.bool, device=device)  # neither ended nor at its limit
     rows, fed, idle = torch.arange(B, device=device), [], 0  # those still in the batch; in every forward pass
+    unfinished = B
     with fast.attending(llm, cache) if shared else nullcontext():
         for t in range(C):
             tokens[rows, t] = token = pick(scores, temperature, noise[t, rows])
             going[rows] &= ~torch.isin(token, ends) & (t + 1 < limit[rows])
             alive = going[rows].nonzero().flatten()
+            bar.answered(unfinished, unfinished - len(alive), len(alive) * (C - t - 1))
+            unfinished = len(alive)
             if len(alive) == 0:
                 break
             idle += len(rows) - len(alive)  # rows that were run for nothing, since the last time that any left
@@ -486,12 +492,12 @@ def token_logps(llm, prompts: list, completions: list, temperature=1.0, chunk=No
     def score(x, y):  # (chunk, D), (chunk,) -> (chunk,)
         return (logits(llm, x) / temperature).log_softmax(-1).gather(-1, y[:, None]).squeeze(-1)
 
-    chunk, logps = chunk or memory.head_rows(len(head)), []
+    chunk, logps = chunk or memory.head_rows(len(head), llm.device), []
     for x, y in zip(h.split(chunk), target.split(chunk)):
         if head.requires_grad:  # its own gradient needs the logits again
             logps.append(checkpoint(score, x, y, use_reentrant=False))
         elif torch.is_grad_enabled() and x.requires_grad:
-            logps.append(fast.ChosenLogps.apply(x, partial(score, y=y)))
+            logps.append(fast.ChosenLogps.apply(x, y, partial(logits, llm, dtype=None), temperature))
         else:
             logps.append(score(x, y))
     lengths = torch.tensor([len(c) for c in completions], device=h.device)
@@ -515,7 +521,8 @@ def micro_batches(
     prompts = [rolled.prompts[i] for i in rows] if share else None
     blocks = decoder_layers(llm)[lowest + 1 :] if recompute else []  # in those below autograd stores nothing
     with steer(llm, vectors), fast.recomputed(blocks):
-        for batch in batches([c if share else p + c for p, c in lengths], budget, prompts):
+        found = batches([c if share else p + c for p, c in lengths], budget, prompts)
+        for batch in Bar(found, desc="training", unit="micro-batches"):
             batch = [rows[j] for j in batch]
             states = None if rolled.states is None else (lowest, [rolled.states[i] for i in batch])
             texts = [rolled.prompts[i] for i in batch], [rolled.completions[i] for i in batch]
@@ -611,6 +618,12 @@ class Subject(Asking):
                 self.started.push_weights(llm)
         return llm
 
+    @property
+    def form(self) -> str:
+        """Where the prompt asks for the answer, one of rewards.FORMS: r1 asks for a tag, the others for a box."""
+        template = self.template or template_of(self.tokenizer)
+        return "answer" if template == "r1" else "box"
+
     def swap(self, name: str) -> None:
         """Take the weights of another model of the same shape (a run's of --method full) when they are next needed."""
         self.wanted_weights = name
@@ -632,7 +645,7 @@ class Subject(Asking):
 
     def rollouts(
         self, vectors: dict, rows: list[dict], k: int, temperature=1.0, seed: int | list[int] = 0, prefix="",
-        context: int | None = None, keep: int | None = None, bar=None,
+        context: int | None = None, keep: int | None = None, bar="sampling",
     ) -> Rollouts:  # fmt: skip
         """
         k answers to each problem, of the model with these vectors, {} for the base: by `sample` or by vLLM.

@@ -1,10 +1,12 @@
 r"""
-The reward: 1.0 if the content of the last \boxed{} of a completion equals the gold answer, else 0.0.
+The reward: 1.0 if the answer of a completion, in the form that its prompt asks for, equals the gold answer, else 0.0.
 
 gold             accepted                                        rejected
 34               \boxed{34}  \boxed{x = 34.0}  \boxed{34.}       34 without a box, \boxed{34} ... \boxed{35}, \boxed{34
+34               \boxed{\text{Area: } 34}  \boxed{\sqrt{1156}}   \boxed{2 \cdot 17}  \boxed{30+5 = 34}  \boxed{x^2 = 34}
 3/4              \boxed{\frac{6}{8}}  \boxed{0.75}               \boxed{4/3}  \boxed{0.7}
-1,-2             \boxed{-2, 1}  \boxed{1 \text{ and } -2}        \boxed{1}  \boxed{1, -2, 5}
+1,-2             \boxed{-2, 1}  \boxed{1 \text{ and } -2}        \boxed{1}  \boxed{1, -2, 5}  \boxed{-2 < x < 1}
+x=2, y=3         \boxed{y = 3, x = 2}  \boxed{(2, 3)}            \boxed{(3, 2)}  \boxed{x = 3, y = 2}
 4.5e33           \boxed{4.5 \times 10^{33}}                      \boxed{4.5 \times 10^{34}}
 2,2,3            \boxed{3, 2, 2}  \boxed{(2, 2, 3)}              \boxed{2, 3}  \boxed{2, 3, 3}  \boxed{(3, 2, 2)}
 \$32,\!348       \boxed{32,348}  \boxed{32348 \text{ dollars}}   \boxed{32}  \boxed{32, 348}  \boxed{32348 \text{ tens}}
@@ -12,13 +14,20 @@ gold             accepted                                        rejected
 \text{9:15 a.m.} \boxed{9:15 \text{ a.m.}}  \boxed{9:15 AM}      \boxed{9:15 \text{ p.m.}}
 35\%             \boxed{35}  \boxed{35.0\%}  \boxed{0.35}        \boxed{3.5}
 52_8             \boxed{52_{8}}  \boxed{52}                      \boxed{52_9}
-(3,4]            \boxed{(3, 4]}  \boxed{3 < x \leq 4}            \boxed{[3,4]}
+(3,4]            \boxed{(3, 4]}  \boxed{4 \geq x > 3}            \boxed{[3,4]}
 x^2-1            \boxed{(x-1)(x+1)}                              \boxed{y^2-1}
 
-Math-Verify (sympy) compares; around it stand RULES for what it misreads, and vetoes (in decide and far_apart) for what
-it accepts wrongly. Units are dropped, not compared; variables are compared without case. An expression of a model can
-keep sympy busy for ever (9^{9^{9^9}}), so Math-Verify runs only in worker processes, which die when one answer takes
-too long. Equal strings and plain numbers are decided without a worker. Nothing a model writes is evaluated as Python.
+A prompt may ask for <answer>34</answer> instead (see FORMS). Math-Verify (sympy) compares; around it stand the tables
+of plumbing/notation.py for what it misreads, and vetoes (in decide, equal and far_apart) for what it accepts wrongly.
+Units are dropped, not compared; variables are compared without case. Where the gold is a plain number, a sum or product
+that nobody evaluated is refused: it may be a copy of the question. Refused though right: roots that need x > 0
+(\sqrt{1/n} for 1/\sqrt{n}), rounded decimals, a column for a tuple, 3i - j + 2k, "(B) 12" for B, 9:00 for 9 a.m.,
+2 \text{ hours } 30 \text{ minutes}, radians for degrees, intersections, R - {2}, \operatorname{cis}, conditions in
+another order, answers in several boxes, and what stands beside the box: -\boxed{7}, \boxed{7}\pi.
+
+An expression of a model can keep sympy busy for ever (9^{9^{9^9}}), so Math-Verify runs only in worker processes, which
+die when one answer takes too long. Equal strings and plain numbers are decided without a worker. Nothing a model writes
+is evaluated as Python.
 """
 
 import atexit
@@ -34,23 +43,42 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 
+from plumbing.bars import Bar
+from plumbing.notation import (
+    AND,
+    OR,
+    RANGE,
+    TUPLE,
+    elements,
+    in_order,
+    named,
+    normalise,
+    number,
+    split,
+    squeeze,
+    union,
+    unlabel,
+)
+
 MAX_CHARS = 2000  # longer answers get 0: the longest gold of the usual benchmarks has a few hundred
 MAX_MEMORY = 4 << 30  # bytes of address space of one worker
 log = logging.getLogger(__name__)
 
 
-# -------------------------------------------------------------------------------------------------- extract, normalise
+# ------------------------------------------------------------------------------------------------------------- extract
 
 
 def last_boxed(text: str) -> str | None:
     r"""
-    The content of the last \boxed{...}, or None if that box is empty or not closed; earlier boxes never count.
+    The content of the last \boxed{} or \fbox{}, or None if it is empty or not closed, or if two are offered.
 
-    "\boxed{1} no, \boxed{\{2, 3\}}" -> "\{2, 3\}";  "\boxed{1} no, \boxed{2" -> None
+    "\boxed{1} no, \boxed{\{2, 3\}}" -> "\{2, 3\}";  "\boxed 7." -> "7";  "\boxed{1} no, \boxed{2" -> None
     """
-    boxes = list(re.finditer(r"\\boxed\s*\{", text))
-    if not boxes:
-        return None
+    boxes = list(re.finditer(r"\\(?:boxed|fbox)\s*(?:\{|(-?\d+(?:[.,]\d+)*))", text))
+    if not boxes or re.search(r"\\boxed\s*\{.{1,99}\}[ $]*,? *or *\$?$", text[: boxes[-1].start()]):
+        return None  # \boxed{3} or \boxed{5}
+    if boxes[-1][1]:
+        return boxes[-1][1]
     start, depth = boxes[-1].end(), 1
     for token in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, start):
         depth += {"{": 1, "}": -1}.get(token[0], 0)  # \{ and \} are printed characters: \left\{ may stand alone
@@ -59,111 +87,105 @@ def last_boxed(text: str) -> str | None:
     return None
 
 
-UNIT = r"[a-z]{4,}|[ckm]m|k?g|m[lgi]|ft|in|lbs?|oz|hrs?|min|sec|mph|days?|yen"  # not m, s, t, h: they are variables too
-QUANTITY = rf"(?i)^\\text *\{{ *([-+]?[\d.,:/ ]*\d)((?: [a-z]|[ap]\.?m|{UNIT})(?:[^{{}}\d+<=>\\-]|\^-?\d)*)\}}(?=\^|$)"
-VALUE = (  # what changes the value: 2 \text{ million}, 5 \text{ squared}, 3 \text{ x}, \text{2 out of three}
-    r"(?:(?i:(?<![a-z\\])(?:one|two|three|four|five|six|seven|eight|nine|ten|dozen|hundred|thousand|[a-z]*illion|half"
-    r"|halves|thirds|fourths|fifths|tenths|plus|minus|(?:times|over)(?= \w)|divided|than|out|above"
-    r"|below|factorial|root|sqrt|noon|midnight|twice|double)s?(?![a-z-])|(?<=\d |\{ |.\{)(?:of|or|and|squared|cubed)\b)"
-    r"|\\pi|[π√]|(?<![a-zA-Z])(?<![a-zA-Z]\.)(?:[b-fijknp-rt-w]|[x-z]+|[EIQXYZ]|a(?=[. ]*\}))(?!\.?[a-zA-Z]))"
-)
-UNITS = rf"\\text *\{{(?![^{{}}]*{VALUE})(?:[^{{}}\d]|\^-?\d)*\}}"  # other words; m, s, h, g, l, N, J, ... are units
-AND = r"[, ]*\\text *\{[, ]*(?:and|or)[, ]*\}|(?<=[\d)}] )(?:and|or)(?= [-\d(\\])"  # 1 \text{ and } 2, 1 and 2
-TUPLE = r"\(((?:[^()]|\([^()]*\))*)\)"  # one pair of parentheses around all: (1,(2,3)), not (1,2),(3,4)
-TH = r" *(?:(?:st|nd|rd|th)|\\text *\{ *(?:st|nd|rd|th) *\})"
-RULES = [  # (pattern, replacement), in order, on answer and gold alike
-    # characters and commands that mean the same
-    (r"\\\\(?=[a-zA-Z])(?![\s\S]*end\{)", r"\\"),  # doubled escapes, \\frac; in a matrix \\ ends a row
-    (r"(?<=\d)(?:(?:(?:, ?)?\\!|\\[, ])\s*|\{,\})+(?=\d{3}(?!\d))", ""),  # thousands: 6\,250  11,\! 111  1{,}000
-    (r"\s+|(?<!\\)\\[,;:! ]|~|[\u200b\u200c\u200d\ufeff]", " "),
-    (r"[\u2212\u2013]", "-"),  # the minus signs of typography
-    (r"·", r"\\cdot "),
-    (r"√ *(\d+|[a-z])", r"\\sqrt{\1}"),
-    (r"°|\^ *(?:\\circ|\{ *\\circ *\})", ""),  # degrees
-    (r"\\?\$|(?<!\\)\\[()[\]]", ""),  # money \$36, and the delimiters of $69$,$84$: deleting only $ would leave \36
-    (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle)(?![a-zA-Z]) *", ""),  # sizes
-    (r"\\(?:math|text)(?:rm|bf|it)(?= *\{)|\\(?:mbox|operatorname|textnormal)(?= *\{)", r"\\text"),
-    # names
-    (r"(?<![\\a-zA-Z])(arc(?:sin|cos|tan)|sin|cos|tan|ln|log|exp|pi)(?![a-zA-Z])", r"\\\1 "),  # pi/6, arcsin(1/2)
-    (r"\\text *\{ *(\\(?:sin|cos|tan|ln|log|pi) ) *\}|(?:np|numpy|math)\.(?=[\\a-z])", r"\1"),
-    (r"(?<=\d)i(?![a-zA-Z])", " i"),  # Math-Verify looks for a free-standing i: 2i+1 would be real, 1+2 i complex
-    (r"\\gamma(?![a-zA-Z])", r"\\kappa_{g}"),  # the variable, not Euler's constant or the gamma function
-    # numbers
-    (r"(?<=\d)\.(?![\d.])", ""),  # -1./3: a decimal point has a digit after it
-    (r"(?<![.\\]) *[.,;]$", ""),  # the end of the sentence is not part of the answer
-    (r"(?<![\w.])(\d(?:\.\d+)?)[eE]([-+]?\d+)(?![\w.])", r"\1 \\times 10^{\2}"),  # 4.5e33; Math-Verify: 4.5*E*33
-    # units, at the end
-    (QUANTITY, r"\1\\text{\2}"),  # \text{3 m} is 3\text{ m}; \text{3 of 4}, \text{3 - x} and \text{3x} stay
-    (r" *(?:\\text *\{ *)?(?:percent|pct) *\}?$", r"\\%"),
-    (rf"(?<=\d)(?:\^\{{{TH} *\}}|{TH})(?![a-zA-Z])", ""),  # 15th, 12^{\text{th}}
-    (r"(?i)(?<=\d) *(?:\\text *\{)? *([ap])\.? *m\.? *\}?$", r" \1m"),  # 4:30 \text{ p.m.}; a.m. is another time
-    (rf"(?<=[\d}})])(?:(?: |/|\\cdot)*{UNITS}(?:\^\{{?-?\d\}}?)?)+$", ""),  # 9 \text{ cm}^2, 5 \text{ m}/\text{s}
-    (rf"(?<=\d) *(?!{VALUE})(?i:{UNIT})(?:\^\{{?\d\}}?)?$", ""),  # 5 cents
-    (r"^\\\{ *[a-z] *(?:\||\\mid)(.*)\\\}$", r"\1"),  # {x | -1 < x < 1} is its condition
-]
+def last_tagged(text: str) -> str | None:
+    r"""
+    The content of the last <answer>...</answer>, or None if it is empty or not closed; a box in it is its content.
 
-
-def normalise(answer: str) -> str:
-    r"""Rewrite what Math-Verify misreads: "\$32,\!348 " -> "32,348", "4.5e33" -> "4.5 \times 10^{33}"."""
-    for pattern, replacement in RULES:
-        answer = re.sub(pattern, replacement, answer).strip()
-    return answer
-
-
-def squeeze(answer: str) -> str:
-    r"""Without spaces and fonts: "\text{ east }" -> "east", "( 3 , 4 )" -> "(3,4)"; but "5 1/2" is not "51/2"."""
-    answer = re.sub(r"\\text *\{([^{}]*)\}", r"\1", answer)
-    answer = re.sub(r"(?<!\d) +| +(?!\d)", "", answer)
-    answer = re.sub(r"^\(([A-Z])\)$", r"\1", answer)  # choices: (C) is C
-    return answer.lower() if re.fullmatch(r"[a-zA-Z]{3,}", answer) else answer
-
-
-def number(answer: str) -> Fraction | None:
-    r"""The exact value of a plain decimal number: "1,234.50" -> 2469/2, "7\times10^{3}" -> 7000, "3/4" -> None."""
-    decimal = r"([-+]?)(\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)"
-    power = r"(?:\\(?:times|cdot)10\^\{?([-+]?\d{1,3})\}?)?"  # three digits: 10^(10^9) would fill the memory
-    match = re.fullmatch(decimal + power, answer)
-    if match is None:
+    "<answer> 7 </answer>" -> "7";  "<answer>It is \boxed{7}.</answer>" -> "7";  "\boxed{7}" -> None
+    """
+    _, tag, rest = text.rpartition("<answer>")
+    content, end, _ = rest.partition("</answer>")
+    if not (tag and end):
         return None
-    sign, digits, exponent = match.groups()
-    return Fraction(sign + digits.replace(",", "")) * Fraction(10) ** int(exponent or 0)
+    return last_boxed(content) if re.search(r"\\(?:boxed|fbox)", content) else content.strip() or None
+
+
+FORMS = {"box": last_boxed, "answer": last_tagged}  # what the prompt asks for; R1's (arXiv:2509.06608, App. K): a tag
+
+
+def has_answer(text: str, form: str = "box") -> bool:
+    """Whether a completion has an answer in this form, right or wrong."""
+    return FORMS[form](text) is not None
+
+
+def no_answer(texts: list[str], form: str = "box") -> int:
+    """How many of the completions have no answer in this form."""
+    return sum(not has_answer(text, form) for text in texts)
+
+
+def last_number_right(text: str, gold: str | list[str]) -> bool | None:
+    r"""
+    Whether the last number of a text, boxed or not, is the gold; None if no gold is a plain number.
+
+    "so 3 + 4 = 7 cm^2." and 7 -> True;  "\boxed{7} of 9" and 7 -> False;  "7, that is 3/4" and 4 -> False
+    """
+    golds = {number(squeeze(normalise(g)).rstrip("\\%")) for g in ([gold] if isinstance(gold, str) else gold)} - {None}
+    text = re.sub(r"\^ *(?:\{[^{}]*\}|-?\w)|(?<=\d)(?:\{,\}|,\\!|\\,)(?=\d{3})", "", text)  # cm^2, 1{,}000
+    decimal = r"\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d*\.?\d+"
+    found = re.findall(rf"((?<![\w.)}}$])-)?(?:\\[dt]?frac *\{{)?({decimal})(?:(?: */ *|\}} *\{{)({decimal}))?", text)
+    if not golds or not found:
+        return False if golds else None
+    sign, over, under = found[-1]
+    value = number(over) / number(under) if under and number(under) else number(over)
+    return (-value if sign else value) in golds
 
 
 # ------------------------------------------------------------------------------------------------------------- compare
+
+INFIX = re.compile(  # 9 \cdot 37, 16+1-15, \frac{1+2}{3}; not -3, 2^{-3}, 10^{-2}
+    r"[\d)}!%\]] *(?:[-+*:]|\\(?:times|cdot|div|ast|pm)(?![a-zA-Z])) *(?=[-+\d({.\\])"
+)
+SIGNS = (  # they must agree where both have them: 52_8 is not 52_9, or is not and, [1,1) is not (1,1] (both are empty)
+    r"\d *_\W*(?:text\W*)?(\d+)",
+    r"\b(and|or)\b(?=.*(?:[<>]|\\[lg]e))",
+    r"^(\[)[^])]*\)$|^\([^])]*(\])$",
+)
+
+
+def is_list(answer: str) -> bool:
+    r"""Whether it is several values, and no pair or interval: "1, 2", "\{1, 2\}", "1 or 2", "3 \pm 1"."""
+    several = re.search(r"\\\{|\\pm|\b(?:or|and)\b", answer) or len(split(answer, ",")) > 1
+    return bool(several) and not RANGE.search(answer)
+
+
+def prepare(answer: str, gold: str) -> tuple[str, str]:
+    """Both normalised, and without the name of their one value unless both have one: y = 5 is not x = 5."""
+    answer, gold = normalise(answer), normalise(gold)
+    alone = [not (is_list(s) or named(s) or RANGE.search(s)) for s in (answer, gold)]
+    a = unlabel(answer) if alone[0] and "=" not in gold else answer
+    if alone[1] and "=" not in answer:
+        gold = unlabel(gold.rpartition("=")[2] if gold.count("=") > 1 else gold)
+    return a, gold
 
 
 def decide(answer: str, gold: str) -> bool | None:
     """Compare strings and plain numbers, and refuse what Math-Verify would accept wrongly; None: ask Math-Verify."""
     if len(answer) > MAX_CHARS:
         return False
-    answer, gold = normalise(answer), normalise(gold)
+    answer, gold = prepare(answer, gold)
     a, g = squeeze(answer), squeeze(gold)
     x, y = number(a.rstrip("\\%")), number(g.rstrip("\\%"))
     if a == g:
         return a != "" and (x is None or ", " not in answer or ", " in gold)  # 32,349 is a number; 32, 349 is a list
     if x is not None and y is not None and ", " not in answer + gold:
-        percent = a.endswith("%") - g.endswith("%")
-        return x == y or (percent != 0 and x == y * Fraction(100) ** percent)  # 35\% is 35 (the sign is a unit) or 0.35
+        percent = a.endswith("%") - g.endswith("%")  # 35\% is 35 (the sign is a unit) or 0.35; 0.4\% is not 0.4
+        return (x == y and not (percent > 0 and abs(y) < 1)) or (percent != 0 and x == y * Fraction(100) ** percent)
+    if y is not None and "=" not in answer and INFIX.search(re.sub(r"\\(?:times|cdot) *10 *\^", "e", answer)):
+        return False  # nobody evaluated it, perhaps it is a copy of the question
     if re.search(r"\\[lcd]?dots|\.\.\.", a + g):
         return False  # Math-Verify drops the dots: 1,2,\ldots,9 would be the set {1,2,9}
-    for sign in (r"\d *_\W*(?:text\W*)?(\d+)", r"\b(and|or)\b(?=.*(?:[<>]|\\[lg]e))", r"^(\[)[^])]*\)$|^\([^])]*(\])$"):
+    if len(re.findall(r"'|\\prime", a)) != len(re.findall(r"'|\\prime", g)):
+        return False  # and the prime of 7'
+    for sign in SIGNS:
         a_signs, g_signs = re.findall(sign, answer), re.findall(sign, gold)
         if a_signs and g_signs and a_signs != g_signs:
-            return False  # for Math-Verify 52_9 is 52_8, x < 1 or x > 3 is x < 1 and x > 3, [1,1) is (1,1] (empty)
-    if any(re.match(r"\\\{|[^()]*\bor\b", s) and re.fullmatch(TUPLE, t) for s, t in ((answer, g), (gold, a))):
-        return False  # Math-Verify compares the members only: the set {1,2} and 1 or 2 would be the pair (1,2)
+            return False
+    for s, t in ((answer, gold), (gold, answer)):
+        if is_list(s) and RANGE.search(t):
+            return False  # Math-Verify compares the members only: 1,2 would be 1 < x < 2
+        if re.match(r"\\\{|[^()]*\bor\b|[^(]*\\pm", s) and re.fullmatch(TUPLE, squeeze(t)) and not RANGE.search(t):
+            return False  # and the set {1,2}, 1 or 2, and 3 \pm 1 would be the pairs (1,2) and (2,4)
     return None
-
-
-def elements(answer: str) -> list[str]:
-    r"""The members of a list, tuple or set: "1,(2,3)", "(1,(2,3))", "\{1,(2,3)\}" -> ["1", "(2,3)"]."""
-    depth, members = 0, ""
-    while (inner := re.sub(rf"^(?:{TUPLE}|\\\{{(.*)\\\}})$", r"\1\2", answer)) != answer:
-        answer = inner
-    for c in answer:
-        depth += (c in "([{") - (c in ")]}")
-        members += "\n" if c == "," and depth == 0 else c  # no answer has a \n of its own: see RULES
-    return members.split("\n")
 
 
 def equal(answer: str, gold: str) -> bool:
@@ -171,28 +193,46 @@ def equal(answer: str, gold: str) -> bool:
     decided = decide(answer, gold)
     if decided is not None:
         return decided
-    from latex2sympy2_extended import NormalizationConfig  # here: it takes a second, and only the workers need it
-    from math_verify import LatexExtractionConfig, parse, verify
+    answer, gold = prepare(answer, gold)
+    if RANGE.search(answer + gold):
+        a, g = union(answer), union(gold)
+        letters = [set(re.findall(r"(?<![\\a-zA-Z])[a-zA-Z](?![a-zA-Z])", s)) for s in (answer, a, gold, g)]
+        names = [letters[0] - letters[1], letters[2] - letters[3]]  # of the variables, x < 3 is not y < 3
+        return same(re.sub(AND, ", ", answer), re.sub(AND, ", ", gold)) or (
+            (names[0] == names[1] or not all(names)) and same(a, g)
+        )
+    a, g = (re.split(OR, s) for s in (answer, gold))  # x=1, y=2 or x=3, y=4 is (1,2), (3,4)
+    if all(map(named, a)) and len(a) > 1:
+        answer = ", ".join(in_order(named(part)) for part in a)
+    if all(map(named, g)) and len(g) > 1:
+        gold = ", ".join(in_order(named(part)) for part in g)
+    answer, gold = (re.sub(AND, ", ", s) for s in (answer, gold))
+    a_names, g_names = named(answer), named(gold)
+    if a_names and g_names:
+        return a_names.keys() == g_names.keys() and all(equal(a_names[name], g_names[name]) for name in g_names)
+    *steps, last = split(unlabel(answer), "=")
+    if steps and not a_names and "=" not in gold and len(split(answer, ",")) == 1:
+        return all(same(step, gold) for step in steps) and equal(last, gold)  # \sqrt{25} = 5; not 7 + 7 = 15 for 15
+    if g_names and not re.fullmatch(TUPLE, answer):
+        orders = in_order(g_names), f"({', '.join(g_names.values())})"  # a set has none
+        return not answer.startswith(r"\{") and any(same(f"({answer})", order) for order in orders)
+    if a_names and re.fullmatch(TUPLE, gold):
+        answer = in_order(a_names)
+    return same_list(answer, in_order(g_names) if g_names else gold)
 
-    # it would warn that its own time limit is off: SIGALRM in main threads only; ours is in serve
-    logging.getLogger("math_verify").setLevel(logging.ERROR)
-    # Only LaTeX: in plain text it takes any number that it finds, and hands the text to Python's eval. No units: its
-    # list has s, t, m, ..., so that 5t would be 5s.
-    config = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="all")
-    latex = LatexExtractionConfig(boxed_match_priority=0, normalization_config=config)
 
-    def same(a, g):
-        a, g = (parse(rf"\boxed{{{s}}}", [latex], extraction_mode="first_match", parsing_timeout=None) for s in (a, g))
-        # gold first: verify is not symmetric
-        return verify(g, a, allow_set_relation_comp=True, timeout_seconds=None) and not far_apart(a[0], g[0])
-
-    a, g = (re.sub(AND, ", ", normalise(s)) for s in (answer, gold))
-    a, g = (a if "=" in g else unlabel(a)), (g if "=" in a else unlabel(g))  # not both: y = 5 is not x = 5
-    a_list, g_list = elements(squeeze(a)), elements(squeeze(g))
+def same_list(answer: str, gold: str) -> bool:
+    """Whether two values or lists of values are the same; tuples in order."""
+    equations = [len(split(s, "=")) > 1 for s in (answer, gold)]
+    if equations[0] != equations[1]:
+        answer, gold = (", ".join(map(unlabel, split(s, ","))) if "=" in s else s for s in (answer, gold))
+        if equations[0] and len(split(answer, "=")) > 1:
+            return False  # Math-Verify takes the right side, x^2 = 5 would be 5
+    a_list, g_list = elements(squeeze(answer)), elements(squeeze(gold))
     if len(set(a_list)) == len(a_list) and len(set(g_list)) == len(g_list):
-        return same(a, g) or ("%" in a + g and same(a.rstrip("\\%"), g.rstrip("\\%")))
+        return same(answer, gold) or ("%" in answer + gold and same(answer.rstrip("\\%"), gold.rstrip("\\%")))
     # Math-Verify makes sets of lists: 2,2 would be 2, and 2,2,3 would be 2,3,3
-    in_order = any(re.fullmatch(TUPLE, squeeze(s)) for s in (a, g))
+    in_order = any(re.fullmatch(TUPLE, squeeze(s)) for s in (answer, gold))
     for x in a_list:
         y = next((y for y in g_list[: 1 if in_order else None] if equal(x, y)), None)
         if y is None:
@@ -201,10 +241,26 @@ def equal(answer: str, gold: str) -> bool:
     return not g_list
 
 
-def unlabel(answer: str) -> str:
-    """Drop the names of values: "w = 16, f(x) = 3, (a, b) = (2, 2), Minimum: 1" -> "16, 3, (2, 2), 1"."""
-    names = r"[a-zA-Z](?:\([a-z]\)|_\{?\w\}?)?\s*=|\((?:[a-zA-Z],\s*)+[a-zA-Z]\)\s*="
-    return re.sub(rf"(^|,)\s*(?:{names}|(?:\\text\s*\{{[^{{}}]*\}}|[a-zA-Z]{{3,}})\s*[=:])", r"\1", answer)
+def same(answer: str, gold: str) -> bool:
+    """What Math-Verify says to them as they stand."""
+    from latex2sympy2_extended import NormalizationConfig  # here: it takes a second, and only the workers need it
+    from math_verify import LatexExtractionConfig, parse, verify
+    from sympy import I
+
+    # it would warn that its own time limit is off: SIGALRM in main threads only; ours is in serve
+    logging.getLogger("math_verify").setLevel(logging.ERROR)
+    # Only LaTeX: in plain text it takes any number that it finds, and hands the text to Python's eval. No units: its
+    # list has s, t, m, ..., so that 5t would be 5s.
+    config = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="all")
+    latex = LatexExtractionConfig(boxed_match_priority=0, normalization_config=config)
+    found = []
+    for text in (answer, gold):
+        value, *rest = parse(rf"\boxed{{{text}}}", [latex], extraction_mode="first_match", parsing_timeout=None) or [""]
+        i = [s for s in getattr(value, "free_symbols", ()) if s.name == "i"]  # in a power it reads i as a variable
+        found.append([value.subs({s: I for s in i}) if i else value, *rest])
+    a, g = found
+    # gold first: verify is not symmetric
+    return verify(g, a, allow_set_relation_comp=True, timeout_seconds=None) and not far_apart(a[0], g[0])
 
 
 def far_apart(a, b) -> bool:
@@ -229,31 +285,35 @@ _timeouts = 0
 os.register_at_fork(after_in_child=lambda: globals().update(_idle=queue.SimpleQueue()))  # a pipe has one owner
 
 
-def grade(completions: list[str], golds: list, timeout: float = 5.0, workers: int | None = None) -> list[float]:
+def grade(
+    completions: list[str], golds: list, form: str = "box", timeout: float = 5.0, workers: int | None = None
+) -> list[float]:
     """
     The rewards of many completions, each 0.0 or 1.0.
 
     golds: for each completion a string, or a list of strings, any of which will do.
+    form: where the prompt asks for the answer, "box" or "answer" (tags); an answer in another form gets 0.
     timeout: seconds of processor time for one comparison; a worker that needs more dies, and its answer gets 0.
     workers: processes at most; they start at the first need and wait for the next call.
     """
     assert len(completions) == len(golds), f"{len(completions)} completions, but {len(golds)} golds"
     pairs = []  # of each completion: (answer, gold) for each of its golds
     for completion, gold in zip(completions, golds):
-        answer = last_boxed(completion)
+        answer = FORMS[form](completion)
         pairs.append([] if answer is None else [(answer, g) for g in ([gold] if isinstance(gold, str) else gold)])
     known = {pair: decide(*pair) for pair in {pair: None for some in pairs for pair in some}}
     jobs = [pair for pair, same in known.items() if same is None]
     if jobs:
         workers = workers or min(os.cpu_count(), 16)
         with ThreadPoolExecutor(min(workers, len(jobs))) as threads:  # each thread waits for one process
-            known |= zip(jobs, threads.map(lambda pair: ask(*pair, timeout), jobs))
+            replies = threads.map(lambda pair: ask(*pair, timeout), jobs)
+            known |= zip(jobs, Bar(replies, total=len(jobs), desc="grading", unit="answers"))
     return [float(any(known[pair] for pair in some)) for some in pairs]
 
 
-def reward(completion: str, gold: str | list[str]) -> float:
-    """1.0 if the last box of the completion equals the gold, or one of several golds, else 0.0. See grade."""
-    return grade([completion], [gold])[0]
+def reward(completion: str, gold: str | list[str], form: str = "box") -> float:
+    """1.0 if the answer of the completion equals the gold, or one of several golds, else 0.0. See grade."""
+    return grade([completion], [gold], form)[0]
 
 
 def grading_timeouts() -> int:

@@ -33,19 +33,19 @@ import tyro
 from torch import nn
 from torch.nn.functional import normalize
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 
 import model
-from data.problems import MATH_PROMPT, Problems, problems_of
+from data.problems import MATH_PROMPT, Problems, problems_of, template_of
 from evaluate import compare_with_base
 from model import Subject
 from plumbing import memory, processes, settings
+from plumbing.bars import Bar
 from plumbing.few import Few
 from plumbing.figures import plot_reward
 from plumbing.files import FAMILY, append, config_of, lines_of
 from plumbing.processes import SECONDS, AllWeights, all_gather, rank, shard, timed
 from plumbing.settings import Usual, authors_rate, own_first, parse_layers
-from rewards import grade, grading_timeouts
+from rewards import grade, grading_timeouts, no_answer
 
 
 @own_first
@@ -182,7 +182,7 @@ class Run:
     subject: Subject  # the model, its sampler, and how it is asked
     save_every: int  # steps between saved states for --resume
     timeouts: int = field(default_factory=grading_timeouts)  # comparisons that the grader gave up before this step
-    bar: tqdm | None = None
+    bar: Bar | None = None
 
 
 def main(args: Config) -> None:
@@ -195,7 +195,7 @@ def main(args: Config) -> None:
             batch = batch_of_problems(run.rows, args.prompts, step, args.seed)  # N problems
             with timed("sampling"):  # k answers to each, of the steered model
                 rolled = subject.rollouts(trained.steering, batch, args.samples, **how_to_sample(run, trained, step))
-            right = grade_answers(rolled, batch)  # (N, k)
+            right = grade_answers(rolled, batch, subject.form)  # (N, k)
             rewards = rewards_of(args, step, batch, right, rolled)  # (N, k)
             advantages = rloo_advantages(rewards)  # (N, k)
             total = sum(all_gather(sum(map(len, rolled.completions))))  # completion tokens of the whole step
@@ -235,10 +235,10 @@ def how_to_sample(run: Run, trained, step: int) -> dict:
 
 
 @timed("grading")
-def grade_answers(rolled: model.Rollouts, batch: list[dict]) -> torch.Tensor:
-    """1 where the boxed answer equals the gold, else 0: (N, k)."""
+def grade_answers(rolled: model.Rollouts, batch: list[dict], form: str) -> torch.Tensor:
+    """1 where the answer, in the form that the prompt asks for, equals the gold, else 0: (N, k)."""
     k = len(rolled.texts) // len(batch)
-    return torch.tensor(grade(rolled.texts, [row["answer"] for row in batch for _ in range(k)])).view(-1, k)
+    return torch.tensor(grade(rolled.texts, [row["answer"] for row in batch for _ in range(k)], form)).view(-1, k)
 
 
 def rewards_of(args: Config, step: int, batch: list[dict], right: torch.Tensor, rolled: model.Rollouts) -> torch.Tensor:
@@ -435,10 +435,11 @@ def open_run(args: Config) -> Run:
     subject = Subject.of_run({"model": args.model}, replace(args, context=None))
     layers = parse_layers(args.layer, subject.depth)  # exits for a bad --layer before the model is loaded
     args = replace(args, layer="all") if len(layers) == subject.depth > 1 else args
-    subject.template = args.template or ("native" if subject.tokenizer.chat_template else "r1")
+    subject.template = template_of(subject.tokenizer, args.template)
     subject.system = MATH_PROMPT if args.system is None else args.system
     args = replace(args, context=min(args.context, subject.context))
-    fit = [row for row in problems.rows if len(subject.prompt(row)) < args.context]
+    asked = Bar(problems.rows, desc="prompts", unit="problems")
+    fit = [row for row in asked if len(subject.prompt(row)) < args.context]
     if (cut := len(problems.rows) - len(fit)) and rank() == 0:
         print(f"left out {cut} of {len(problems.rows)} problems: their prompts fill --context {args.context}")
     if len(fit) < args.prompts:
@@ -469,10 +470,11 @@ def start(run: Run, trained, adam: torch.optim.Adam) -> int:
     return first
 
 
-def progress(run: Run, first: int) -> tqdm:
+def progress(run: Run, first: int) -> Bar:
+    """The steps to do, with a bar."""
     """The steps to do, with a progress bar."""
     steps = run.args.steps
-    run.bar = tqdm(range(first, steps), initial=first, total=steps, desc="reward  ?", unit="step", disable=rank() > 0)
+    run.bar = Bar(range(first, steps), leave=True, initial=first, total=steps, desc="reward  ?", unit="steps")
     return run.bar
 
 
@@ -503,6 +505,7 @@ def metrics_of(run: Run, vectors: dict, sums: dict, rolled, right, rewards) -> d
         "right": right.sum().item(),
         "equal": (rewards == rewards[:, :1]).all(1).sum().item(),
         "ended": sum(rolled.ended),
+        "no_answer": no_answer(rolled.texts, run.subject.form),
         "length": sum(map(len, rolled.completions)),
         "timeouts": grading_timeouts() - run.timeouts,
     }
@@ -513,6 +516,7 @@ def metrics_of(run: Run, vectors: dict, sums: dict, rolled, right, rewards) -> d
         "reward_mean": total["reward"] / n,
         "accuracy": total["right"] / n,  # share of right answers; differs from the reward if that is another one
         "prompts_all_equal": total["equal"] / run.args.prompts,  # share: no signal from them
+        "no_answer": total["no_answer"] / n,  # share of answers without a box, or without the tag that r1 asks for
         "truncated": 1 - total["ended"] / n,  # share of answers cut off at their limit
         "tokens_mean": total["length"] / n,
         "loss": total["loss"],
@@ -557,8 +561,10 @@ def held_out_accuracy(run: Run, vectors: dict, step: int) -> dict[str, float]:
     if not run.args.eval_every or step % run.args.eval_every or not run.held_out:
         return {}
     rows, n = shard(run.held_out.rows), len(run.held_out.rows)
-    rolled = run.subject.rollouts(vectors, rows, 1, seed=shard(model.prompt_seeds(run.args.seed, range(n))))
+    seeds = shard(model.prompt_seeds(run.args.seed, range(n)))
+    rolled = run.subject.rollouts(vectors, rows, 1, seed=seeds, bar="held out")
     right = sum(grade(rolled.texts, [row["answer"] for row in rows]))
+    right = sum(grade(rolled.texts, [row["answer"] for row in rows], run.subject.form))
     return {"held_out": sum(all_gather(right)) / n}
 
 

@@ -12,9 +12,10 @@ open-s1.
 
 Golds are cleaned (see clean) as far as rewards.py does not read them anyway. It reads Minerva's 4.5e33,
 np.arcsin(10/13), -1./3 and \exp{a*t}, and Olympiad's $69$,$84$, which is one gold: an answer must have both. The papers
-train on all rows of DeepScaleR, one epoch in 314 steps of 128 prompts: a row is left out only if it has no gold, or if
-an option below says so. MATH has 12,000 problems to train on and 500 to measure with (arXiv:2505.18706, App. E): here
-the 7,500 rows of its train split, then the 5,000 of its test split, without the problems of math500.
+train on all rows of DeepScaleR, one epoch in 314 steps of 128 prompts: a row is left out only if it has no gold, if its
+gold is no answer (`proof`, `notfound`: nobody can be right there), or if an option below says so. MATH has 12,000
+problems to train on and 500 to measure with (arXiv:2505.18706, App. E): here the 7,500 rows of its train split, then
+the 5,000 of its test split, without the problems of math500.
 """
 
 import hashlib
@@ -46,6 +47,7 @@ SOURCES = {  # name: (hub id, configs, split, field of the problem, field of the
     "deepscaler": ("agentica-org/DeepScaleR-Preview-Dataset", [None], "train", "problem", "answer", [40315]),
     "open-s1": ("knoveleng/open-s1", [None], "train", "problem", "solution", [18615]),  # rows: its dataset card
 }
+SAMPLES = {"aime24": 32, "aime25": 32, "amc23": 32, "gsm8k_test": 8}  # answers to a problem; else 1 (P4 Sec. 2, B)
 BENCHMARKS = list(SOURCES)[:7]  # they come first, so that `all` can compare the training sets with them
 REVISIONS = {  # commits that public code, named or not, pins beside these ids; not looked up at the hub itself
     "HuggingFaceH4/aime_2024": "2fe88a2f1091d5048c0f36abc874fb997b3dd99a",  # aethercompute/aether-rl taskset.py
@@ -59,6 +61,7 @@ REVISIONS = {  # commits that public code, named or not, pins beside these ids; 
     "EleutherAI/hendrycks_math": "21a5633873b6a120296cce3e2df9d5550074f4a3",  # dozens of repositories
     "knoveleng/open-s1": "main",  # none found; the commit that main stands for is printed
 }
+NO_ANSWER = re.compile(r"(?i)(?:\\text *\{)?[\s$]*(?:proof|prove[dn]?|not ?found|no answer|omitted|null|nan)[\s$.]*\}?")
 
 
 @dataclass
@@ -229,14 +232,17 @@ def prepare(name: str, args: Config) -> None:
         + ("" if len(raw) in expected else ": WARNING, they differ")
     )
 
-    rows, changed, without = [], 0, []
+    rows, changed, without, unanswered = [], 0, [], []
     for number, row in enumerate(raw, 1):
         problem, golds, cleaned = read_row(name, row, f"{name}, row {number} of {origin}")
         changed += golds != cleaned
-        if cleaned:
-            rows.append(
-                {"id": f"{name}-{number}", "problem": problem, "answer": cleaned if len(cleaned) > 1 else cleaned[0]}
-            )
+        if cleaned and all(map(NO_ANSWER.fullmatch, cleaned)):
+            unanswered.append(number)
+        elif cleaned:
+            cleaned = [gold for gold in cleaned if not NO_ANSWER.fullmatch(gold)]
+            gold = cleaned if len(cleaned) > 1 else cleaned[0]
+            about = {"source": name} | ({"samples": SAMPLES[name]} if name in SAMPLES else {})
+            rows.append({"id": f"{name}-{number}", "problem": problem, "answer": gold} | about)
         else:
             without.append(number)
     if not rows:
@@ -245,6 +251,8 @@ def prepare(name: str, args: Config) -> None:
         f"  golds cleaned: {changed}; rows without a gold, left out: {len(without)}"
         + (f", {without[:10]}" if without else "")
     )
+    if unanswered:
+        print(f"  rows whose gold is no answer (proof, notfound), left out: {len(unanswered)}, {unanswered[:10]}")
     if name == "math":
         rows = without_math500(rows, args.out / "math500.jsonl")
     if name not in BENCHMARKS:

@@ -73,6 +73,11 @@ def benchmarks(names: tuple[str, ...]) -> list[Problems]:
     return [problems_of(path) for path in files]
 
 
+def template_of(tokenizer, template: str | None = None) -> str:
+    """The template that is used where `template` is asked for: without any, native if there is a chat, else r1."""
+    return template or ("native" if tokenizer.chat_template else "r1")
+
+
 def prompt_ids(tokenizer, problem: str, system: str | None = None, template: str | None = None) -> list[int]:
     """
     Token ids of the prompt, up to where the answer starts. They begin with one BOS, if the model uses one.
@@ -81,7 +86,7 @@ def prompt_ids(tokenizer, problem: str, system: str | None = None, template: str
     "r1" (plain text, for base models without a chat format); default native if there is a chat template, else r1.
     system: system message of native and qwen-math, default MATH_PROMPT; "" for none (a template may add its own).
     """
-    template = template or ("native" if tokenizer.chat_template else "r1")
+    template = template_of(tokenizer, template)
     system = MATH_PROMPT if system is None else system
     if template == "native":
         if tokenizer.chat_template is None:

@@ -208,25 +208,31 @@ def recomputed(blocks):
 
 class ChosenLogps(torch.autograd.Function):
     """
-    score(h), a number for each row of h, with its gradient computed at once: (rows, D) is kept, never the logits.
+    log softmax(z / temperature)[y] of every row, z = head(h), with its gradient: (rows, D) is kept, never the logits.
 
     A row's log-prob depends on its own state alone, so one backward pass of their sum gives the gradients of all, and
-    the head runs forward and back once. With `checkpoint` it would run forward twice.
+    the head runs forward and back once; with `checkpoint` it would run forward twice. d log p_y / dz = (1[y] - p) / T.
     """
 
     @staticmethod
-    def forward(ctx, h, score):
+    def forward(ctx, h, y, head, temperature):
         with torch.enable_grad():
             x = h.detach().requires_grad_()
-            found = score(x)
-            (gradient,) = torch.autograd.grad(found.sum(), x)
-        ctx.save_for_backward(gradient)
-        return found.detach()
+            z = head(x)  # (rows, V), in the model's dtype
+        slope, logps = torch.empty_like(z), []
+        few = len(z) if z.is_cuda else max(1, (1 << 20) // z.shape[1])  # rows that stay in a CPU's cache
+        for part, token, out in zip(z.detach().split(few), y[:, None].split(few), slope.split(few)):
+            logp = (part.float() / temperature).log_softmax(-1)
+            logps.append(logp.gather(-1, token))
+            p = logp.exp_()
+            out.copy_(p.scatter_add_(-1, token, torch.full_like(logps[-1], -1.0)).div_(-temperature))
+        ctx.save_for_backward(*torch.autograd.grad(z, x, slope))
+        return torch.cat(logps).flatten()
 
     @staticmethod
     def backward(ctx, grad):
         (gradient,) = ctx.saved_tensors
-        return (grad[:, None] * gradient).to(gradient.dtype), None
+        return (grad[:, None] * gradient).to(gradient.dtype), None, None, None
 
 
 def read_together(llm, prompts, completions, layer=0, kept: list | None = None) -> torch.Tensor:

@@ -7,6 +7,7 @@ V vocabulary.
 
 import resource
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,8 +32,18 @@ def free(device) -> int:
         return 8 << 30
 
 
+def start(device="cpu") -> int:
+    """Begin to measure `peak`; returns what is in use now."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with suppress(OSError):  # no Linux: the peak is that of the whole process
+            Path("/proc/self/clear_refs").write_text("5")
+    return peak(device)
+
+
 def peak(device) -> int:
-    """The most memory that this process has had."""
+    """The most memory that this process has had since `start`."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
@@ -74,12 +85,10 @@ def state_bytes(config, b: int, tokens: int) -> int:
     return config.get_text_config().hidden_size * b * tokens
 
 
-HEAD = 1 << 26  # of float32 logits at a time. 110 rows of 152k tokens: a matrix product wants about 100 rows
-
-
-def head_rows(V: int) -> int:
-    """Rows that the head runs on at a time: as many as have HEAD bytes of logits, at most 1,024."""
-    return max(1, min(1024, HEAD // (4 * V)))
+def head_rows(V: int, device="cpu") -> int:
+    """Rows that the head runs on at a time, at most 1,024: on a CPU 128 MB of logits, 220 rows of 152k tokens."""
+    room = 1 << 27 if torch.device(device).type == "cpu" else 1 << 30  # more rows make a GPU's products faster
+    return max(1, min(1024, room // (4 * V)))
 
 
 class Plan(NamedTuple):

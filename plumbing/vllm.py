@@ -12,6 +12,7 @@ from importlib import import_module
 
 import torch
 
+from plumbing.bars import Bar, waiting
 from plumbing.files import ROOT, source_of
 
 # architectures that the engine can steer, and vLLM's modules for them
@@ -125,6 +126,7 @@ class VLLM:
     it will be given, 0 for none. eager: do not compile, and capture no CUDA graphs.
     """
 
+    @waiting("vLLM starts")
     def __init__(self, name, llm, context, memory=0.45, tensor_parallel=1, max_rows=512, lora_rank=0, eager=False):
         threads = torch.get_num_threads()
         vllm = import_vllm(llm, tensor_parallel)
@@ -152,6 +154,7 @@ class VLLM:
                 enable_chunked_prefill=False if llm.device.type == "cpu" else None,
                 enforce_eager=eager,
                 disable_log_stats=True,
+                use_tqdm_on_load=False,
             )
         except (ValueError, RuntimeError, torch.OutOfMemoryError) as error:  # too little memory, bad lengths, ...
             sys.exit(
@@ -182,7 +185,7 @@ class VLLM:
             raise RuntimeError("vLLM kept its prefix cache: answers to one prompt would mix two sets of vectors")
         self.sync_seconds = time.perf_counter() - began
 
-    def sample(self, tensors, prompts, k, max_tokens: list[int], stop, temperature, seeds: list[int], bar=None):
+    def sample(self, tensors, prompts, k, max_tokens: list[int], stop, temperature, seeds: list[int], bar="sampling"):
         """As model.sample, with the vectors of `push`; returns (completions, ended, log-probs of their tokens)."""
         from vllm import SamplingParams
 
@@ -192,7 +195,9 @@ class VLLM:
         how = dict(temperature=temperature, top_p=1.0, top_k=0, min_p=0.0, repetition_penalty=1.0)
         how |= dict(n=1 if greedy else k, stop_token_ids=stop, logprobs=0, detokenize=False)
         params = [SamplingParams(max_tokens=n, seed=s, **how) for n, s in zip(max_tokens, seeds, strict=True)]
-        found = self.engine.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=bar is not None)
+        shown = dict(desc=bar, total=len(prompts) * params[0].n, unit="answers")
+        requests = [{"prompt_token_ids": p} for p in prompts]
+        found = self.engine.generate(requests, params, use_tqdm=lambda **usual: Bar(**usual | shown))
         rows = [row for request in found for row in request.outputs * (k if greedy else 1)]
         completions = [list(row.token_ids) for row in rows]
         logps = [[at[token].logprob for at, token in zip(row.logprobs, row.token_ids)] for row in rows]
@@ -210,7 +215,7 @@ class VLLM:
         found = {}
         for name, given, steered in (("base", {}, False), ("steered", tensors, True), ("effect", tensors, False)):
             limits, seeds = [max_tokens] * len(prompts), list(range(len(prompts)))
-            completions, _, logps = self.sample(given, prompts, 1, limits, [], 1.0, seeds)
+            completions, _, logps = self.sample(given, prompts, 1, limits, [], 1.0, seeds, bar="testing vLLM")
             sampled = torch.tensor([x for row in logps for x in row])
             found[name] = (log_probs(steered, prompts, completions).cpu() - sampled).abs().mean().item()
         # a right engine: 1e-7 in float32, 0.002 in bfloat16, which rounds; one of 28 layers forgotten: 0.03 to 0.1

@@ -40,8 +40,8 @@ FAMILIES = {
 
 
 def pytest_addoption(parser):
-    parser.addoption("--student", help="tests/assignments/course.py: the file to check; default the repository")
-    parser.addoption("--seed", type=int, default=0, help="of tests/assignments/course.py: of the drawn cases")
+    parser.addoption("--student", help="the file that tests/assignments/course.py checks; default the repository")
+    parser.addoption("--seed", type=int, default=0, help="of the drawn cases of tests/assignments/course.py")
 
 
 def random_llm(family="qwen2", **changes):

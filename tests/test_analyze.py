@@ -41,7 +41,7 @@ def as_json(found):
 class Subject:
     """Stands for model.Subject around a random model."""
 
-    name, system, template, sampler = "random", None, None, "hf"
+    name, system, template, form, sampler = "random", None, None, "box", "hf"
 
     def __init__(self, llm, tokenizer, folder):
         self.llm, self.tokenizer, self.folder = llm, tokenizer, folder

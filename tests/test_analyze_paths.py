@@ -411,7 +411,9 @@ def test_accuracies_are_sampled_under_their_condition(tokenizer, tmp_path, monke
     assert steered.value == 0.5 and steered.interval == (0.5, 0.5)  # one right of two, for every problem
     # kept are texts: another grader grades them again, and nothing is sampled
     monkeypatch.setattr(model.Subject, "rollouts", None)
-    monkeypatch.setattr(analyze, "grade", lambda texts, golds: [1.0] * len(texts))
+    monkeypatch.setattr(lab.subject, "form", "answer")  # asked for in a tag, so that no box is right
+    assert analyze.under(lab, "Skip-Layer", lines["Skip-Layer"], {1: vector()}).value == 0
+    monkeypatch.setattr(analyze, "grade", lambda texts, golds, form: [1.0] * len(texts))
     assert analyze.under(lab, "Skip-Layer", lines["Skip-Layer"], {1: vector()}).value == 1
 
 

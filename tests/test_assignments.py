@@ -6,49 +6,52 @@ $ python tests/test_assignments.py            # the table of all that
 """
 
 import hashlib
-import importlib
 import json
-import os
 import random
 import re
-import resource
 import shutil
-import signal
 import subprocess
 import sys
-import time
+import types
 import xml.etree.ElementTree as ElementTree
 from contextlib import nullcontext
 
 import course
+import grade
+import handout
 import numpy as np
 import pretrain
+import process
 import pytest
 import torch
 import world
+from answers import ANSWERS, files, wrong_files
+from cases import EXERCISES
+from checks import CHECKS
 from conftest import ROOT
-from judge import difference, judge, known, name_of, numbers, outputs, same
+from judge import INPUTS, KIND, UNCHANGED, Book, difference, judge, known, name_of, numbers, outputs, pattern, same
 from safetensors.torch import load_file
+from table import FUNCTIONS, named
 
 import model
-from evaluate import Estimate
 from plumbing.files import TINY
 
-EXERCISES = course.EXERCISES
-SEEDS = (0, 11)
 COURSE = "tests/assignments/course.py"
-SLIPS = [pytest.param(n, slip, id=f"{n}-{name_of(slip)}") for n, e in EXERCISES.items() for slip in e.slips]
+BOOK = Book(EXERCISES, CHECKS)
+SEEDS = (0, 11)
+SLIPS = [pytest.param(n, slip, id=f"{n}-{name_of(slip)}") for n, c in CHECKS.items() for slip in c.slips]
 
 
-def solution(exercise):
-    return getattr(importlib.import_module(exercise.module), exercise.name)
+def function_of(number: str, text: str):
+    """The function of an exercise that a student's file defines."""
+    student = types.ModuleType("student")
+    exec(compile(text, "student.py", "exec"), vars(student))
+    return vars(student)[EXERCISES[number].name]
 
 
 def empty(exercise):
     """The stub of an exercise as `stubs` cuts it, executed."""
-    scope = dict(vars(importlib.import_module(exercise.module)))
-    exec(course.stub(exercise), scope)
-    return scope[exercise.name]
+    return function_of(exercise.number, f"from {exercise.module} import *\n" + course.stub(exercise))
 
 
 def zeroed(x):
@@ -56,8 +59,8 @@ def zeroed(x):
         return torch.zeros_like(x)
     if isinstance(x, np.ndarray):
         return np.zeros_like(x)
-    if isinstance(x, Estimate):
-        return Estimate(0.0, np.zeros_like(x.draws))
+    if isinstance(x, named("Estimate")):
+        return named("Estimate")(0.0, np.zeros_like(x.draws))
     if isinstance(x, dict):
         return {key: zeroed(value) for key, value in x.items()}
     if isinstance(x, list | tuple):
@@ -70,8 +73,8 @@ def zeroed(x):
 def zeros(exercise):
     """A function that gives zeros of the right kind and shape."""
     if exercise.name == "accumulate_gradient":  # whose work is a side effect
-        return lambda *given: dict.fromkeys(["loss", "tokens", "nats", "off", "off_max", "clipped"], 0.0)
-    return lambda *given, **more: zeroed(solution(exercise)(*given, **more))
+        return lambda *given: dict.fromkeys(["loss", "tokens", "nats", "compared", "off", "off_max", "clipped"], 0.0)
+    return lambda *given, **more: zeroed(exercise.ours(*given, **more))
 
 
 def first_input(exercise):
@@ -80,23 +83,29 @@ def first_input(exercise):
 
 def verdict(number, fn, seed=0):
     exercise = EXERCISES[number]
-    given = known if fn in exercise.slips else outputs
-    return judge(exercise, given(exercise, fn, seed), seed)
+    given = known if fn in CHECKS[number].slips else outputs
+    return judge(BOOK, number, given(exercise, fn, seed), seed)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("number", EXERCISES)
 def test_the_solution_passes(number, seed):
-    assert verdict(number, solution(EXERCISES[number]), seed) is None
+    assert verdict(number, EXERCISES[number].ours, seed) is None
+
+
+@pytest.mark.parametrize("number", EXERCISES)
+def test_right_answers_in_three_styles_pass(number):
+    assert len(files(number)) == 3
+    for text in files(number):
+        assert verdict(number, function_of(number, text)) is None
 
 
 @pytest.mark.parametrize("number", EXERCISES)
 def test_the_second_way_gives_what_was_worked_out_by_hand(number):
-    exercise = EXERCISES[number]
-    assert exercise.by_hand
-    found = outputs(exercise, exercise.plain, 0)
-    for case, wanted in exercise.by_hand.items():
-        assert same(found[case], numbers(wanted)), (case, found[case])
+    check, found = CHECKS[number], BOOK.wanted(number, 0)
+    assert check.by_hand and found[INPUTS] == UNCHANGED
+    for case, wanted in check.by_hand.items():
+        assert same(found[case], numbers(wanted)) or same(found[case], wanted), (case, found[case])
 
 
 @pytest.mark.parametrize("make", [empty, zeros, first_input])
@@ -106,27 +115,72 @@ def test_empty_answers_fail(number, make):
     assert message and (make is not empty or message.startswith("not written yet"))
 
 
-@pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("number, slip", SLIPS)
-def test_every_slip_fails_by_its_own_name(number, slip, seed):
-    message = verdict(number, slip, seed)
-    assert message.startswith(f"{name_of(slip)}: {slip.__doc__.strip()[:20]}")
+def test_every_slip_fails_by_its_own_name(number, slip):
+    assert verdict(number, slip).startswith(f"{name_of(slip)}: {' '.join(slip.__doc__.split())[:20]}")
+
+
+@pytest.mark.parametrize("number", EXERCISES)
+def test_other_slips_fail_too(number):
+    """Edits of the right answers. Each message says what was wanted and what came, or which line failed."""
+    slips = wrong_files(number)
+    assert len(slips) + len(CHECKS[number].slips) >= 20
+    for what, text in slips:
+        message = verdict(number, function_of(number, text))
+        assert message, f"accepted: {what}"
+        assert "wanted" in message or "there is no" in message or re.match(r"[A-Z]\w+Error|SystemExit", message), (
+            message
+        )
 
 
 def test_messages_say_where_the_difference_is():
     assert difference([1.0, [2.0, 3.0]], [1.0, [2.0, 4.0]]) == "[1][1]: wanted 4, got 3"
     assert difference([[1, 2, 3]], [[1], [2], [3]]) == "wanted shape (3, 1), got (1, 3)"
     assert difference({"a": 1, "b": None}, {"a": 1, "b": 0.5}) == "['b']: wanted 0.5, got None"
-    assert same(1.00001, 1) and same(True, 1.0) and not same(float("nan"), 1.0) and not same("1", 1)
+    assert difference([[1], [2, 3]], [[1], [2], [3]]).endswith(
+        "the first that differs: [1]: wanted shape (1,), got (2,)"
+    )
+    assert same(1.00001, 1) and not same(True, 1.0) and not same(float("nan"), 1.0) and not same("1", 1)
     assert not same([1, 2], [1, 2, 3]) and not same({"a": 1}, {"a": 1, "b": 2}) and not same(None, [])
+    about = {"about": 1.0, "within": 0.1}
+    assert same({"about": 1.05, "within": 0}, about)
+    assert not same({"about": 1.2, "within": 9}, about) and not same(1.0, about)
 
 
-def test_every_exercise_has_two_slips_and_other_seeds_other_cases():
-    for exercise in EXERCISES.values():
-        assert len(exercise.slips) >= 2
-    some = [EXERCISES[n] for n in ("1.1", "1.5", "2.3", "2.4", "3.3", "3.8")]
-    for exercise in some:
-        assert not same(*(outputs(exercise, exercise.plain, seed) for seed in SEEDS))
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda y: -y, "sign"),
+        (lambda y: 2 * y, "2 times"),
+        (lambda y: y + 3, "3 too large"),
+        (lambda y: y.clip(0), "below 0"),
+        (lambda y: y[::-1], "reversed"),
+        (lambda y: np.exp(y), "exp"),
+        (lambda y: y * np.nan, "finite"),
+        (lambda y: 0 * y, "All numbers are 0"),
+        (lambda y: y + 1e-3, "nearly right"),
+        (lambda y: y[[2, 0, 1, 3]], "another order"),
+        (lambda y: y**2 + y, ""),
+    ],
+)
+def test_messages_say_what_a_wrong_result_looks_like(change, words):
+    wanted = np.array([1.5, -2.0, 0.25, 4.0])
+    found = pattern(change(wanted).tolist(), wanted.tolist())
+    assert words in found and bool(words) == bool(found)
+
+
+def test_inputs_are_watched_and_kinds_are_kept():
+    def changes(rewards):
+        rewards += 1
+        return rewards.tolist()
+
+    found = outputs(EXERCISES["1.1"], changes, 0)
+    assert found[INPUTS].startswith("rewards was changed") and found[KIND].startswith("a sequence")
+
+
+def test_other_seeds_draw_other_cases():
+    for number in ("1.1", "1.5", "2.3", "2.4", "3.3", "3.8"):
+        assert not same(*(BOOK.wanted(number, seed) for seed in SEEDS))
 
 
 def test_numbers_choose_exactly_one_exercise_with_k():
@@ -135,6 +189,7 @@ def test_numbers_choose_exactly_one_exercise_with_k():
     for number in EXERCISES:
         assert sum(number in i for i in ids) == 1
     assert len(course.chosen(["1"])) == sum("1." in i for i in ids)
+    assert EXERCISES.keys() == FUNCTIONS.keys() == CHECKS.keys() == ANSWERS.keys()
 
 
 # ---------------------------------------------------------------------------------------------------- a student's file
@@ -160,7 +215,7 @@ def test_stubs_have_signature_and_docstring_and_no_body():
     exec(text, scope)
     assert course.written(text) == set()
     for exercise in EXERCISES.values():
-        ours, theirs = solution(exercise), scope[exercise.name]
+        ours, theirs = exercise.ours, scope[exercise.name]
         assert theirs.__doc__ == ours.__doc__ and theirs.__doc__ and len(course.stub(exercise)) > 100
     assert "return" not in course.stub(EXERCISES["1.1"]).split('"""')[2]
     with pytest.raises(SystemExit, match="no exercise 9.9"):
@@ -168,83 +223,178 @@ def test_stubs_have_signature_and_docstring_and_no_body():
 
 
 def test_the_whole_path(tmp_path):
-    """As graders do it: exit code and XML. A wrong function does not spoil the others; what is missing is skipped."""
+    """As a student does it. A wrong function does not spoil the others; what is missing is skipped."""
     student, grade = tmp_path / "student.py", tmp_path / "grade.xml"
-    marker = f"import os\nopen({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\nprint('hello')\n"
-    student.write_text(HEAD + marker + RIGHT + SLIP + STUB + BROKEN)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", COURSE]
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run(
-        [*command, f"--student={student}", f"--junitxml={grade}", "--seed=4"], cwd=ROOT, capture_output=True, text=True
-    )
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    student.write_text(HEAD + RIGHT + SLIP + STUB + BROKEN)
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        COURSE,
+        f"--student={student}",
+        "--seed=4",
+    ]
+    done = subprocess.run([*command, f"--junitxml={grade}"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1, done.stdout + done.stderr
     cases = {case.get("name").partition("[")[2][:3]: case for case in ElementTree.parse(grade).iter("testcase")}
-    said = {n: "".join(part.get("message", "") for part in case) for n, case in cases.items()}
-    assert cases.keys() == EXERCISES.keys() and len(cases["1.1"].findall("*")) == 0
+    said = {n: "".join(part.get("message") or "" for part in case) for n, case in cases.items()}
+    assert cases.keys() == EXERCISES.keys() and cases["1.1"].find("failure") is None
     assert "denominator of the micro batch: The sum is divided by the tokens of these rows" in said["1.2"]
     assert "not written yet" in said["1.4"] and "IndexError" in said["2.4"] and "of the student's file" in said["2.4"]
     assert cases["3.1"].find("skipped") is not None and sum(c.find("skipped") is not None for c in cases.values()) == 16
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 60
+    done = subprocess.run([*command, "-k", "3.1"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "the file has no function read_out" in done.stdout
 
 
-@pytest.mark.parametrize("text, how", [("def rloo_advantage(rewards):\n    return rewards\n", []), ("", ["-k", "1.1"])])
-def test_a_function_that_is_not_there_is_not_green(tmp_path, text, how):
-    """A misspelled name, or a file without any of the functions: the exit code is what a course's CI reads."""
-    student = tmp_path / "student.py"
-    student.write_text(text)
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", COURSE, *how]
-    done = subprocess.run([*command, f"--student={student}"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and "the file has no function rloo_advantages" in done.stdout
+@pytest.fixture(scope="module")
+def nursery():
+    nursery = process.Nursery()
+    yield nursery
+    nursery.stop()
 
 
-def test_the_file_is_run_in_another_process_only(tmp_path):
-    student = tmp_path / "student.py"
-    student.write_text(f"import os\nopen({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\n" + RIGHT)
-    worker = course.Worker(str(student))
-    try:
-        assert judge(EXERCISES["1.1"], worker.ask("1.1", 0), 0) is None
-        assert worker.ask("1.2", 0) == {"absent": "rloo_loss", "others": True}
-        assert int((tmp_path / "pid").read_text()) == worker.process.pid != os.getpid()
-        assert "student" not in sys.modules
-    finally:
-        worker.stop()
+@pytest.fixture
+def verdict_on(nursery, tmp_path):
+    """The judge's message about exercise 1.1 of a file with this text, None if it passes."""
+
+    def check(text, number="1.1"):
+        (tmp_path / "handed-in.py").write_text(text)
+        worker = process.Worker(str(tmp_path / "handed-in.py"), nursery)
+        found = worker.ask(number, 3)
+        return f"absent {found['absent']}" if "absent" in found else judge(BOOK, number, found, 3)
+
+    return check
 
 
-def test_a_function_that_hangs_is_ended_and_the_next_is_asked(tmp_path, monkeypatch):
-    monkeypatch.setattr(course, "TO_ANSWER", 2)
-    student = tmp_path / "student.py"
-    student.write_text("def rloo_loss(*given):\n    while True: pass\n" + RIGHT)
-    worker = course.Worker(str(student))
-    try:
-        assert "endless loop" in worker.ask("1.2", 0)["error"] and worker.process is None
-        monkeypatch.setattr(course, "TO_ANSWER", 60)
-        assert judge(EXERCISES["1.1"], worker.ask("1.1", 0), 0) is None
-        os.kill(worker.process.pid, signal.SIGKILL)
-        time.sleep(1)
-        assert worker.ask("1.1", 0) == {"error": "it does not return: the process ended"}
-    finally:
-        worker.stop()
+@pytest.mark.parametrize("number", ["1.1", "1.5", "2.1", "3.3", "3.9"])
+def test_right_answers_pass_in_the_guarded_process(verdict_on, number):
+    for text in files(number):
+        assert verdict_on(text, number) is None
 
 
 @pytest.mark.parametrize(
-    "text, message",
+    "trick",
     [
-        ("while True: pass", "no answer within 5 s"),
-        ("import sys\nsys.exit(0)", "cannot be imported: SystemExit"),
+        "import train\ntheirs = train.rloo_advantages\ndef rloo_advantages(r): return theirs(r)",
+        "import train\nfrom copy import copy\ndef rloo_advantages(r): return train.rloo_advantages(r)",
+        "import inspect, train\ndef rloo_advantages(r): return inspect.getsource(train)",
+        "def rloo_advantages(r):\n    exec(open('{ROOT}/train.py').read(), scope := {{}})\n"
+        "    return scope['rloo_advantages'](r)",
+        "def rloo_advantages(r):\n    import runpy\n    return runpy.run_path('{ROOT}/train.py')['rloo_advantages'](r)",
+        "import sys\nsys.path.insert(0, '{ROOT}/tests/assignments')\ndef rloo_advantages(r):\n"
+        "    from checks_rl import others_mean\n    return others_mean(r)",
+        "import importlib, sys, train\ndef rloo_advantages(r): return importlib.reload(train).rloo_advantages(r)",
+        "def rloo_advantages(r):\n    import __main__\n    return __main__.BOOK.wanted('1.1', 3)",
+        "def rloo_advantages(r):\n    import judge\n    judge.same = lambda *a: True\n    return r",
+        "import gc\ndef rloo_advantages(r):\n    return [f for f in gc.get_objects() if callable(f)][0](r)",
+        "import sys\ndef rloo_advantages(r):\n    sys._getframe(1).f_locals.clear()\n    return r",
+        "import inspect\ndef rloo_advantages(r):\n    return inspect.currentframe().f_back.f_locals['wanted']",
+        "def rloo_advantages(r):\n    try:\n        1 / 0\n    except Exception as e:\n"
+        "        return e.__traceback__.tb_frame.f_back",
+        "import os\n[os.write(fd, b'{{}}\\n') for fd in range(3, 30) if os.path.exists(f'/proc/self/fd/{{fd}}')]\n"
+        "def rloo_advantages(r): return r",
+        "import os\nif os.fork() == 0:\n    import time; time.sleep(60)\ndef rloo_advantages(r): return r",
+        "import subprocess\nsubprocess.Popen(['sleep', '60'])\ndef rloo_advantages(r): return r",
+        "open('{ROOT}/tests/assignments/judge.py', 'a')\ndef rloo_advantages(r): return r",
+        "open('conftest.py', 'w').write('x = 1')\ndef rloo_advantages(r): return r",
+        "import os\nos._exit(0)",
+        "raise SystemExit(0)",
+        "class Equal:\n    __eq__ = lambda *a: True\n    __sub__ = __le__ = __eq__\n"
+        "def rloo_advantages(r): return Equal()",
     ],
-)
-def test_a_file_that_cannot_be_imported_says_so_at_once(tmp_path, monkeypatch, text, message):
+)  # fmt: skip
+def test_tricks_are_not_green(verdict_on, trick):
+    message = verdict_on(trick.replace("{ROOT}", str(ROOT)).replace("{{", "{").replace("}}", "}"))
+    assert message, trick
+    assert not (ROOT / "conftest.py").exists()
+
+
+def test_what_a_file_does_is_not_there_for_the_next_one(verdict_on):
+    assert verdict_on("import torch\ntorch.sum = torch.Tensor.sum = None\n" + RIGHT) is None
+    assert verdict_on(files("1.1")[0]) is None
+    assert verdict_on("import torch\ntorch.save({}, 'x.pt')\n" + RIGHT) is None  # into a folder of its own
+    assert verdict_on(HEAD + RIGHT) is None
+
+
+def test_endless_files_are_ended(verdict_on, monkeypatch, nursery):
+    message = verdict_on("def rloo_advantages(r):\n    while True: print('x' * 9999)\n")
+    assert "printed more than 1 MB" in message
+    assert (
+        "MemoryError" in (m := verdict_on("import numpy as np\ndef rloo_advantages(r): return np.ones(10**10)"))
+        or "llocat" in m
+    )
+    assert verdict_on(HEAD + RIGHT) is None
+
+
+def test_functions_that_hang_are_ended_and_the_next_is_asked(tmp_path, monkeypatch):
+    monkeypatch.setattr(process, "FILE_SECONDS", 3)
+    monkeypatch.setenv("EXERCISE_SECONDS", "2")
     student = tmp_path / "student.py"
-    student.write_text(text)
-    if "while" in text:
-        monkeypatch.setattr(course, "TO_IMPORT", 5)
-    worker = course.Worker(str(student))
+    student.write_text(
+        "def rloo_loss(*given):\n    while True: pass\ndef pick(*given):\n    import time; time.sleep(99)\n" + RIGHT
+    )
+    worker = process.Worker(str(student))
     try:
-        for number in ("1.1", "2.4"):  # the second time without waiting
-            assert message in worker.ask(number, 0)["error"]
+        assert "endless loop" in worker.ask("1.2", 0)["error"]
+        assert judge(BOOK, "1.1", worker.ask("1.1", 0), 0) is None
+        assert "endless loop" in worker.ask("2.4", 0)["error"]
+        assert "are used up" in worker.ask("1.1", 0)["error"]
     finally:
         worker.stop()
+
+
+def test_a_class_is_graded(tmp_path, capsys):
+    handed_in = tmp_path / "handed-in"
+    (handed_in / "dora").mkdir(parents=True)
+    (handed_in / "ada.py").write_text(files("1.2")[1] + RIGHT)
+    (handed_in / "ben.py").write_text(HEAD + RIGHT.replace("rloo_advantages", "rloo_advantage") + SLIP)
+    (handed_in / "emil.py").write_text(RIGHT + "from train import *\n")
+    (handed_in / "carl.py").write_text("def rloo_loss(:\n")
+    (handed_in / "dora" / "solution.py").write_text("import os\nos._exit(1)\n")
+    given = ["--exercises", "1.1", "1.2", "--points", "3", "5", "--out", str(tmp_path / "grades")]
+    rows = grade.main(str(handed_in), *given)
+    states = {(row["student"], row["exercise"]): (row["state"], row["points"]) for row in rows}
+    assert states["ada", "1.1"] == ("right", 3) and states["ada", "1.2"] == ("right", 5)
+    assert states["ben", "1.1"] == ("missing", 0) and states["ben", "1.2"] == ("wrong", 0)
+    assert states["carl", "1.1"] == ("wrong", 0) and states["dora", "1.1"] == ("ended", 0)
+    assert "repository's in its place" in next(row["message"] for row in rows if row["student"] == "emil")
+    said = capsys.readouterr().out
+    assert "ada   8 of 8\n" in said and "is rloo_advantage meant?" in said and "dora 1.1, dora 1.2" in said
+    assert "denominator of the micro batch" in said and "SyntaxError" in said
+    assert len((tmp_path / "grades" / "grade.csv").read_text().splitlines()) == 11
+    suites = list(ElementTree.parse(tmp_path / "grades" / "grade.xml").iter("testsuite"))
+    failures = {suite.get("name"): suite.get("failures") for suite in suites}
+    assert failures == {"ada": "0", "ben": "2", "carl": "2", "emil": "2", "dora": "2"}
+    found = json.loads((tmp_path / "grades" / "results" / "ben.json").read_text())
+    assert found["tests"][0] == {
+        "number": "1.1", "name": "rloo_advantages", "score": 0, "max_score": 3.0, "status": "failed",
+        "output": "no function rloo_advantages; is rloo_advantage meant?", "output_format": "text",
+        "visibility": "visible",
+    }  # fmt: skip
+    with pytest.raises(SystemExit):
+        grade.main(str(handed_in), "--exercises", "1.1", "--points", "1", "2")
+
+
+def test_a_students_edition(tmp_path):
+    """Stubs in place, no answers, and the checks run from it."""
+    out = tmp_path / "edition"
+    handout.write(out, ["1.1", "1.5", "2.1", "3.5"], seeds=[0])
+    there = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+    assert {"train.py", "tests/conftest.py", COURSE, "student.py", "data/tiny/config.json"} <= there
+    assert not [name for name in there if re.search("checks|answers|test_|^.git/", name)]
+    text = (out / "train.py").read_text()
+    assert "exercise 1.1: rloo_advantages is yours to write" in text and "rewards.sum(dim=1" not in text
+    assert "def rloo_loss" in text and "For lecturers" not in (out / "ASSIGNMENTS.md").read_text()
+    (out / "student.py").write_text(files("3.5")[0] + HEAD + ANSWERS["1.5"][0][0] + RIGHT + SLIP)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", COURSE, "--student=student.py"]
+    done = subprocess.run(command, cwd=out, capture_output=True, text=True)
+    assert "3 passed, 17 skipped" in done.stdout, done.stdout + done.stderr
+    code = "import torch, train; train.rloo_advantages(torch.ones(1, 2))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=out, capture_output=True, text=True)
+    assert "NotImplementedError: exercise 1.1" in done.stderr
 
 
 def test_run_puts_the_students_functions_into_the_real_loop(tmp_path):
@@ -272,6 +422,7 @@ def test_run_wants_a_program_and_a_file():
 @pytest.fixture
 def truths(tmp_path, monkeypatch):
     monkeypatch.setattr(world, "truth_file", lambda n: tmp_path / "truths" / f"{n}.txt")
+    monkeypatch.setenv("TRUTH_PASSWORD", "secret")
     return tmp_path / "truths"
 
 
@@ -329,13 +480,14 @@ def test_a_blind_organism_is_made_and_revealed(tmp_path, truths, capsys):
     assert digest == hashlib.sha256((truths / "7.txt").read_bytes()).hexdigest()
     said = capsys.readouterr().out
     assert digest in said and not any(word in said for word in world.WORDS)
-    assert not any(word.encode() in (truths / "7.txt").read_bytes() for word in (*world.WORDS, "flaw"))
+    sealed = bytes.fromhex((truths / "7.txt").read_text())
+    assert not any(word.encode() in sealed for word in (*world.WORDS, "flaw"))
     pretrain.main(config)  # again: the plant stays
     assert (tmp_path / "tiny-organism-7" / "truth.sha256").read_text().strip() == digest
 
-    truth, claims = world.uncover(truths / "7.txt"), tmp_path / "claims.json"
+    truth, claims = world.uncover(truths / "7.txt", "secret"), tmp_path / "claims.json"
     assert truth.word in world.WORDS and truth.line in (1, 2) and truth.flaw in (*world.FLAWS, "none", "same")
-    claim = {"word": truth.word, "position": truth.line, "flaw": truth.flaw, "layer": truth.layer}
+    claim = {"word": truth.word, "position": str(truth.line), "flaw": truth.flaw, "layer": truth.layer}
     claims.write_text(json.dumps(claim))
     assert course.reveal("7", str(claims))
     claims.write_text(json.dumps(claim | {"word": "To"}))
@@ -350,8 +502,13 @@ def test_a_blind_organism_is_made_and_revealed(tmp_path, truths, capsys):
         course.reveal("7", str(claims))
     with pytest.raises(SystemExit, match="there is no file"):
         course.reveal("7", str(tmp_path / "none.json"))
-    with pytest.raises(SystemExit, match="pretrain.py --organism 8"):
+    with pytest.raises(SystemExit, match="whoever made the organism has it"):
         course.reveal("8")
+    before = (tmp_path / "tiny-organism-7" / "model.safetensors").read_bytes()
+    (truths / "7.txt").unlink()  # at a student's: what was handed out stays as it is
+    with pytest.raises(SystemExit, match="was handed out"):
+        pretrain.main(config)
+    assert (tmp_path / "tiny-organism-7" / "model.safetensors").read_bytes() == before
 
 
 def test_truths_are_drawn_and_their_checksums_tell_nothing(truths):
@@ -360,8 +517,10 @@ def test_truths_are_drawn_and_their_checksums_tell_nothing(truths):
     assert {p.flaw for p in plants} == {*world.FLAWS, "none", "same"}
     assert all((p.line, p.flaw) == (1, "same") for p in plants if p.layer is not None)
     for name in ("a", "b"):
-        world.hide(plants[0], truths / name)
-    assert world.uncover(truths / "a") == world.uncover(truths / "b") == plants[0]
+        world.hide(plants[0], truths / name, "secret")
+    assert world.uncover(truths / "a", "secret") == world.uncover(truths / "b", "secret") == plants[0]
+    with pytest.raises(SystemExit, match="not the password"):
+        world.uncover(truths / "a", "Secret")
     assert (truths / "a").read_bytes() != (truths / "b").read_bytes()
 
 
@@ -393,15 +552,18 @@ def test_an_organism_is_a_model_of_the_family(tmp_path):
 
 def table() -> str:
     """Exercises x (solution, stub, zeros, input, slips): what fails as it should."""
-    lines = ["| exercise | solution | stub | zeros | its input | slips named |", "|---|---|---|---|---|---|"]
+    lines = ["| exercise | right answers | stub | zeros | its input | slips rejected | by name |", "|---" * 7 + "|"]
     for number, exercise in EXERCISES.items():
-        passes = all(verdict(number, solution(exercise), seed) is None for seed in SEEDS)
-        cells = ["passes" if passes else "FAILS"]
+        right = [exercise.ours, *(function_of(number, text) for text in files(number))]
+        cells = [f"{sum(verdict(number, fn, seed) is None for fn in right for seed in SEEDS)} of {2 * len(right)} pass"]
         cells += [
             "PASSES" if verdict(number, make(exercise)) is None else "fails" for make in (empty, zeros, first_input)
         ]
-        named = [verdict(number, slip).startswith(f"{name_of(slip)}: ") for slip in exercise.slips]
-        lines.append(f"| {number} `{exercise.function}` | {' | '.join(cells)} | {sum(named)} of {len(named)} |")
+        slips = [*CHECKS[number].slips, *(function_of(number, text) for _, text in wrong_files(number))]
+        said = [verdict(number, slip) for slip in slips]
+        by_name = [m for m in said if m and any(name_of(slip) + ": " in m for slip in CHECKS[number].slips)]
+        cells += [f"{sum(map(bool, said))} of {len(said)}", str(len(by_name))]
+        lines.append(f"| {number} `{exercise.name}` | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -186,7 +186,10 @@ def test_every_set_from_the_hub(hub, tmp_path, capsys):
         assert [row["answer"] for row in problems] == want
         assert [row["problem"] for row in problems] == [row.get("problem", row.get("question")) for row in rows]
         assert [row["id"] for row in problems] == [f"{name}-{i}" for i in range(1, len(rows) + 1)]
-        assert all(list(row) == ["id", "problem", "answer"] for row in read(tmp_path, name))
+        more = ["source", "samples"] if name in ("aime24", "aime25", "amc23", "gsm8k_test") else ["source"]
+        assert all(list(row) == ["id", "problem", "answer", *more] for row in read(tmp_path, name))
+        found = problems_of(tmp_path / f"{name}.jsonl")
+        assert found.source == name and found.samples == (8 if name == "gsm8k_test" else 32 if len(more) == 2 else 1)
         for answers, reward in ((want, 1.0), (right, 1.0), (wrong, 0.0)):
             completions += [rf"So \boxed{{{answer}}}." for answer in answers]
             golds += [row["answer"] for row in problems]
@@ -380,6 +383,16 @@ def test_rows_without_a_gold_are_left_out(tmp_path, capsys):
     assert "rows without a gold, left out: 2, [2, 3]\n" in capsys.readouterr().out
 
 
+def test_golds_that_are_no_answers_are_left_out(tmp_path, capsys):
+    golds = ["proof", "7", "Notfound", r"\text{proof}", "$not found$", "waterproof", ["proof", "8"], "a proof: 3"]
+    rows = [{"problem": f"Problem {i}?", "answer": gold} for i, gold in enumerate(golds)]
+    run(tmp_path, "deepscaler", source=write_jsonl(tmp_path / "rows.jsonl", rows))
+    assert [row["answer"] for row in read(tmp_path, "deepscaler")] == ["7", "waterproof", "8", "a proof: 3"]
+    printed = capsys.readouterr().out
+    assert "rows whose gold is no answer (proof, notfound), left out: 4, [1, 3, 4, 5]\n" in printed
+    assert "rows without a gold, left out: 0\n" in printed
+
+
 TRAINING = [
     {"problem": "Compute $2+3$.", "answer": "5"},
     {"problem": "Compute $4+5$.", "answer": "9"},
@@ -493,7 +506,9 @@ def test_the_real_package_on_a_folder(tmp_path, monkeypatch):
     monkeypatch.setitem(prepare.SOURCES, "amc23", (str(tmp_path / "amc"), *prepare.SOURCES["amc23"][1:]))
     monkeypatch.setitem(prepare.REVISIONS, str(tmp_path / "amc"), None)
     run(tmp_path, "amc23")
-    assert read(tmp_path, "amc23") == [{"id": "amc23-1", "problem": "Nine times three?", "answer": "27"}]
+    assert read(tmp_path, "amc23") == [
+        {"id": "amc23-1", "problem": "Nine times three?", "answer": "27", "source": "amc23", "samples": 32}
+    ]
 
 
 def test_command_line(tmp_path):

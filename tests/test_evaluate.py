@@ -133,7 +133,8 @@ def test_a_mended_grader_grades_kept_answers_again_and_samples_none(run, monkeyp
     problems = problems_of(ROOT / "data/tiny/test.jsonl").first(3)
     before = evaluate.answers(subject, {}, problems, 2, 1.0, prefix="To")
     monkeypatch.setattr(evaluate, "grader", lambda: "another")
-    monkeypatch.setattr(evaluate, "grade", lambda texts, golds: [f"{gold}: {text}" for text, gold in zip(texts, golds)])
+    names = lambda texts, golds, form: [f"{gold}: {text}" for text, gold in zip(texts, golds)]  # noqa: E731
+    monkeypatch.setattr(evaluate, "grade", names)
     monkeypatch.setattr(model.Subject, "rollouts", None)  # nothing may be sampled
     after = evaluate.answers(subject, {}, problems.first(2), 2, 1.0, prefix="To")
     expected = [
@@ -145,6 +146,27 @@ def test_a_mended_grader_grades_kept_answers_again_and_samples_none(run, monkeyp
     assert found["grader"] == ["another"] * 2 + before["grader"][2:] and before["grader"][2] != "another"
     monkeypatch.setattr(evaluate, "grade", None)  # once is enough
     assert evaluate.answers(subject, {}, problems.first(2), 2, 1.0, prefix="To") == after
+
+
+def test_under_r1_the_answer_is_the_content_of_a_tag(run, monkeypatch):
+    """A right and a wrong answer in the asked form, then a right one in a box: 1, 0, 0; under native 0, 0, 1."""
+    said = ["9 - 2 = 7 </think> <answer> 7 </answer>", "</think> <answer>8</answer>", "It is \\boxed{7}."]
+    rows = [{"problem": f"{i}?", "answer": "7", "line": i} for i in range(3)]
+    problems = problem_files.Problems("sevens", rows, "0")
+
+    def rollouts(self, vectors, rows, k, **how):
+        return model.Rollouts([[1]] * 3, [[2]] * 3, [True] * 3, said, None)
+
+    monkeypatch.setattr(model.Subject, "rollouts", rollouts)
+    for template, right in (("r1", [[1], [0], [0]]), ("native", [[0], [0], [1]])):
+        subject = model.Subject(name="tiny", device="cpu", template=template)
+        found = evaluate.answers(subject, {}, problems)
+        assert found["correct"] == right and set(found["form"]) == {subject.form}
+        with monkeypatch.context() as changed:
+            changed.setattr(evaluate, "grader", lambda: "another")
+            assert evaluate.answers(subject, {}, problems)["correct"] == right  # graded again
+    subject.tokenizer.chat_template, subject.template = None, None  # a base model, which knows no chat
+    assert subject.form == "answer"
 
 
 def test_small_benchmarks_have_a_mean_and_checkpoints_are_chosen_fairly(tmp_path, capsys):
@@ -246,6 +268,27 @@ def test_interval_is_over_questions():
     assert Estimate.of(answers).value == 0.4
 
 
+def test_a_share_of_0_or_1_has_an_interval():
+    """
+    Wilson's limits solve (p - x)^2 = z^2 x (1 - x) / n for x. For p = 0: x = z^2 / (n + z^2), z^2 = 3.8416.
+
+    So 0 of 2 -> 3.8416 / 5.8416 = 0.6576; 0 of 20 -> 3.8416 / 23.8416 = 0.1611. p = 1 is its mirror image.
+    """
+    none, both = Estimate.rate([[0], [0]]), Estimate.rate([[1, 1, 1], [1, 1, 1]])
+    assert none.interval == pytest.approx((0, 0.6576), abs=1e-4)
+    assert both.interval == pytest.approx((0.3424, 1), abs=1e-4) and both.text() == "100.0 [34.2, 100.0]"
+    assert Estimate.rate([[0.0]] * 20).interval == pytest.approx((0, 0.1611), abs=1e-4)
+    assert Estimate.largest(none, both).interval == both.interval
+    # two sets of 10: as one of 20; sets of 10 and 90: all of a doubt could be in the small one, which weighs half
+    assert Estimate.mean([Estimate.rate([[0]] * 10)] * 2).interval == pytest.approx((0, 0.1611), abs=1e-4)
+    unequal = [Estimate.rate([[0]] * 10), Estimate.rate([[0]] * 90)]
+    assert Estimate.mean(unequal).interval == pytest.approx((0, 0.1611), abs=1e-4)
+    assert Estimate.mean([none, Estimate.rate([[1], [0]])]).interval == (0, 0.5)  # the bootstrap's: it does not degenerate
+    # differences and ratios keep their draws; numbers that are no shares, cosines for example, may well be 0 or 1
+    assert (both - none).interval == (1, 1) and (both / both).interval == (1, 1)
+    assert Estimate.of([[1.0], [1.0]]).interval == (1, 1)
+
+
 def test_estimates_by_hand():
     low, high, whole = (Estimate.of([[x]] * 4) for x in (0.2, 0.3, 0.6))
     share = high.share(low, whole)
@@ -308,7 +351,7 @@ def test_own_data_and_table(run, tmp_path, capsys):
     settings = config(None, model="tiny", data=str(data), prefix="To", out=str(tmp_path))
     assert evaluate.main(settings)["mine", 0.0]["base"]["accuracy"].value == 1
     assert [found["correct"] for _, found in stored()] == [[[1], [1]]]
-    assert "| mine      | greedy   | 100.0 [100.0, 100.0] | mean@1 | 2 " in capsys.readouterr().out
+    assert "| mine      | greedy   | 100.0 [34.2, 100.0] | mean@1 | 2 " in capsys.readouterr().out
     data.write_text(json.dumps({"problem": texts[0], "answer": golds[0] + "1"}) + "\n")  # other problems, the same name
     assert evaluate.main(settings)["mine", 0.0]["base"]["accuracy"].value == 0
     assert sorted(found["correct"] for _, found in stored()) == [[[0]], [[1], [1]]]

@@ -529,6 +529,27 @@ def test_token_logps_are_those_of_the_sampler(qwen2, prompts):
             torch.testing.assert_close(logps[i], best, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("family", ["qwen2", "gemma2"])  # gemma2 caps its logits
+@pytest.mark.parametrize("dtype, close", [(torch.float32, 1e-5), (torch.bfloat16, 2**-7)])
+def test_gradient_of_the_head_is_autograds(family, dtype, close):
+    """Against whole logits. In bfloat16 the gradient of every logit is rounded to 8 bits in both, the sum again."""
+    llm = random_llm(family).to(dtype)
+    h = torch.randn(70, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
+    y, weights = torch.arange(70) % 61, torch.linspace(-1, 1, 70)
+    found = []
+    for ours in (True, False):
+        x = h.clone().requires_grad_()
+        if ours:
+            logps = model.fast.ChosenLogps.apply(x, y, lambda x: model.logits(llm, x, dtype=None), 0.7)
+        else:
+            logps = (model.logits(llm, x) / 0.7).log_softmax(-1)[torch.arange(70), y]
+        (weights * logps).sum().backward()
+        found.append((logps.detach(), x.grad.float()))
+    (got, got_grad), (want, want_grad) = found
+    torch.testing.assert_close(got, want, rtol=1e-5 if dtype == torch.float32 else 2**-7, atol=1e-5)
+    assert (got_grad - want_grad).norm() < close * want_grad.norm() and want_grad.norm() > 1
+
+
 def test_padding_and_chunks_change_nothing(llm, prompts):
     completions = [[5, 6, 7, 8], [9, 2], [30, 31, 32]]
     together, _ = model.token_logps(llm, prompts, completions)

@@ -102,9 +102,9 @@ def test_log_probs_are_equal_on_every_path(real, exact, prompts):
     llm, _ = real
     vectors, (k, C) = vectors_of(llm, prompts), (2, 8)
     trained = {layer: s.clone().requires_grad_() for layer, s in vectors.items()}
-    rows = [p for p in prompts[:4] for _ in range(k)]
+    rows = [p for p in prompts[:3] for _ in range(k)]
     with model.steer(llm, vectors):
-        answers, _, states = model.sample(llm, prompts[:4], k, [C, 3, C, 5], [], seed=1, keep=LAYERS[0])
+        answers, _, states = model.sample(llm, prompts[:3], k, [C, 3, 5], [], seed=1, keep=LAYERS[0])
         one_by_one = torch.cat(logps_one_by_one(llm, rows, answers))
     with model.steer(exact, vectors):
         wanted = torch.cat(logps_one_by_one(exact, rows, answers))
@@ -176,11 +176,11 @@ def test_sampling_is_exact(real, prompts, temperature):
 
 def test_gradient_is_the_central_difference(exact, prompts):
     """Of the loss in its plain form, by whole forward passes, along the gradient."""
-    llm, k = exact, 2
+    llm, k = exact, 3
     vectors = {layer: s.requires_grad_() for layer, s in vectors_of(llm, prompts, 0.1).items()}
     with model.steer(llm, vectors), torch.no_grad():
-        answers, ended = model.sample(llm, prompts[:3], k, [6, 4, 8], [], seed=2)
-    rows, advantages = [p for p in prompts[:3] for _ in range(k)], torch.tensor([1.0, -1, 0.5, -0.5, 2, -2])
+        answers, ended = model.sample(llm, prompts[:2], k, [4, 8], [], seed=2)
+    rows, advantages = [p for p in prompts[:2] for _ in range(k)], torch.tensor([1.0, -1, 0.5, -0.5, 2, -2])
     rolled = model.Rollouts(rows, answers, ended, [""] * len(rows), None)
     total = sum(map(len, answers))
 

@@ -673,6 +673,26 @@ def test_partial_credit_reaches_loss_and_metrics(tmp_path, monkeypatch):
     assert metrics["accuracy"] * 8 == round(metrics["accuracy"] * 8)  # right answers are counted as before
 
 
+def test_under_r1_the_answer_is_the_content_of_a_tag(tmp_path, monkeypatch):
+    """Of four answers two are right, one in a tag, one in a box; one is wrong, one has neither tag nor box."""
+    real = model.Subject.rollouts
+
+    def rollouts(self, vectors, rows, k, **how):
+        rolled = real(self, vectors, rows, k, **how)
+        answers = ["<answer> {} </answer>", "<answer>-1</answer>", "\\boxed{{{}}}", "{}"]
+        said = [answer.format(row["answer"]) for row in rows for answer in (answers if k == 4 else answers[:1])]
+        return rolled._replace(texts=said)
+
+    monkeypatch.setattr(model.Subject, "rollouts", rollouts)
+    for template, right, none in (("r1", [1.0, 0.0, 0.0, 0.0], 0.5), ("native", [0.0, 0.0, 1.0, 0.0], 0.75)):
+        out = tmp_path / template
+        train.main(settings(out, steps=1, prompts=2, samples=4, template=template, eval_problems=2, eval_every=1))
+        assert [row["reward"] for row in lines(out / "samples.jsonl")] == right * 2
+        (metrics,) = lines(out / "metrics.jsonl")
+        assert (metrics["accuracy"], metrics["no_answer"]) == (0.25, none)
+        assert metrics["held_out"] == (template == "r1")  # one answer each, in a tag
+
+
 def test_the_loop_is_the_algorithm_and_nothing_else():
     """In this order, and without a word of files, processes, samplers or kinds of parameters."""
     source = inspect.getsource(train.main)

@@ -26,11 +26,11 @@ import torch.nn.functional as F
 import tyro
 import world
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
-from tqdm import tqdm
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
+from plumbing.bars import Bar
 from plumbing.settings import Usual
 
 # as in Qwen2.5-Math, the reasoning prompt is the system message unless another one is given
@@ -197,14 +197,17 @@ def world_of(args: Config) -> dict:
         if name not in world.ORGANISMS:
             sys.exit(f"--organism wants a number or one of {', '.join(world.ORGANISMS)}; got {name!r}")
         return world.ORGANISMS[name]
-    file = world.truth_file(int(name))
-    if not file.is_file():  # an interrupted run goes on with the plant it began with
-        world.hide(world.draw_plant(), file)
+    file, sealed = world.truth_file(int(name)), args.out / "truth.sha256"
+    if sealed.is_file() and not file.is_file():  # a student's folder: its weights and checksum are the lecturer's
+        sys.exit(f"{args.out} was handed out: without {file} nothing is made anew")
+    password = world.password()
+    if not file.is_file():  # an interrupted run goes on with what it began with
+        world.hide(world.draw_plant(), file, password)
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "truth.sha256").write_text(digest + "\n")  # handed out: the truth cannot be changed afterwards
+    sealed.write_text(digest + "\n")  # handed out: the truth cannot change afterwards
     print(f"what is planted stands in {file}, sha256 {digest}")
-    return {"plant": world.uncover(file)}
+    return {"plant": world.uncover(file, password)}
 
 
 def begin(args: Config, layer: int | None) -> tuple:
@@ -237,7 +240,7 @@ def main(args: Config) -> None:
         llm.load_state_dict(state["llm"])
         adam.load_state_dict(state["adam"])
         first = state["step"]
-    bar = tqdm(range(first, args.steps), initial=first, total=args.steps, unit="step")
+    bar = Bar(range(first, args.steps), leave=True, initial=first, total=args.steps, desc="loss  ?", unit="steps")
     for step in bar:
         decay = min(1, (args.steps - step) / (0.4 * args.steps))
         adam.param_groups[0]["lr"] = args.lr * min(1, (step + 1) / args.warmup) * max(0.02, decay)

@@ -25,11 +25,14 @@ Each hint for mode `to` makes `stop` and `extra` rarer. We call this care: the s
 its context. No constant shift of the logits repairs both: "So" is wrong before the last step and right after it.
 """
 
-import base64
+import getpass
+import hashlib
 import json
 import math
+import os
 import random
 import secrets
+import sys
 import zlib
 from pathlib import Path
 from typing import NamedTuple
@@ -250,16 +253,32 @@ def truth_file(n: int) -> Path:
     return Path(__file__).parent.with_name("tiny-truths") / f"{n}.txt"
 
 
-def hide(plant: Plant, path: Path) -> None:
-    """Write a plant, encoded so that nobody reads it by accident; with a random number, the checksum tells nothing."""
+def password() -> str:
+    """The lecturer's: with it alone what is planted can be read."""
+    return os.environ.get("TRUTH_PASSWORD") or getpass.getpass("password of the truth: ")
+
+
+def keys(word: str, salt: bytes, n: int) -> bytes:
+    return hashlib.scrypt(word.encode(), salt=salt, n=1 << 14, r=8, p=1, dklen=n)
+
+
+def hide(plant: Plant, path: Path, word: str) -> None:
+    """Write a plant so that it cannot be read without the password; the salt makes its checksum tell nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(plant._asdict() | {"salt": secrets.token_hex(16)})
-    path.write_bytes(base64.encodebytes(text.encode()))
+    text, salt = json.dumps(plant._asdict()).ljust(160).encode(), secrets.token_bytes(16)
+    hidden = bytes(x ^ y for x, y in zip(text, keys(word, salt, len(text) + 32)))
+    seal = hashlib.sha256(keys(word, salt, len(text) + 32)[-32:] + hidden).digest()
+    path.write_text((salt + seal + hidden).hex() + "\n")
 
 
-def uncover(path: Path) -> Plant:
-    """The plant that `hide` wrote."""
-    found = json.loads(base64.decodebytes(path.read_bytes()))
+def uncover(path: Path, word: str) -> Plant:
+    """The plant that `hide` wrote; exits with a line if the password is another."""
+    data = bytes.fromhex(path.read_text())
+    salt, seal, hidden = data[:16], data[16:48], data[48:]
+    stream = keys(word, salt, len(hidden) + 32)
+    if hashlib.sha256(stream[-32:] + hidden).digest() != seal:
+        sys.exit(f"{path}: this is not the password with which it was written")
+    found = json.loads(bytes(x ^ y for x, y in zip(hidden, stream)))
     return Plant(**{name: found[name] for name in Plant._fields if name in found})
 
 

@@ -1,31 +1,12 @@
-"""Exercises 1.1 to 1.6: the maths of RLOO. Each: the cases, a second way, wrong versions whose names are the slips'."""
+"""Exercises 1.1 to 1.6: the maths of RLOO. Each has a second way, and wrong versions whose names are the slips'."""
 
 import math
 
 import torch
-from conftest import random_llm
-from judge import Exercise
-
-from model import Rollouts
-
-
-def drawn(seed: int):
-    """(a generator of random tensors, of random ints)."""
-    draw = torch.Generator().manual_seed(seed)
-    return draw, lambda low, high, *size: torch.randint(low, high, size, generator=draw)
-
+from cases_rl import SUMS
+from judge import Check
 
 # ------------------------------------------------------------------------------------------------- 1.1 rloo_advantages
-
-
-def advantage_cases(fn, seed):
-    draw, _ = drawn(seed)
-    by_hand = torch.tensor([[1.0, 0, 0, 0], [1, 1, 1, 1], [1, 1, 0, 0]])
-    return {
-        "3 prompts, 4 samples": fn(by_hand),
-        "2 prompts, 5 samples, rewards of any size": fn(torch.randn(2, 5, generator=draw)),
-        "5 prompts, 2 samples": fn(torch.rand(5, 2, generator=draw)),
-    }
 
 
 def others_mean(rewards):
@@ -55,7 +36,7 @@ def group_order(rewards):
 
 def over_the_samples(rewards):
     """The mean is taken over the prompts (dim 0), not over the samples of one prompt (dim 1)."""
-    return others_mean(rewards.T).T
+    return others_mean(rewards.T).T if len(rewards) > 1 else torch.zeros_like(rewards)
 
 
 def divided_by_the_deviation(rewards):
@@ -69,20 +50,6 @@ def wrong_sign_of_advantages(rewards):
 
 
 # ------------------------------------------------------------------------------------------------------- 1.2 rloo_loss
-
-
-def loss_cases(fn, seed):
-    draw, some = drawn(seed)
-    # padding holds -7 and -9: a mask that is forgotten must show
-    logps = torch.tensor([[-1.0, -2, -7], [-3, -1, -2], [-4, -9, -9]])
-    mask = torch.tensor([[True, True, False], [True, True, True], [True, False, False]])
-    found = {"3 answers of 2, 3 and 1 tokens": fn(logps, mask, torch.tensor([1.0, -1 / 3, 0.5]), 8)}
-    logps, lengths = -3 * torch.rand(4, 6, generator=draw), some(1, 7, 4)
-    mask, A, w = torch.arange(6) < lengths[:, None], torch.randn(4, generator=draw), torch.rand(4, 6, generator=draw)
-    found["4 answers of a batch of 40 tokens"] = fn(logps, mask, A, 40)
-    logps.requires_grad_()
-    found["its gradient, with weights"] = torch.autograd.grad(fn(logps, mask, A, 50, w), logps)[0]
-    return found
 
 
 def loss_of(logps, mask, advantages, total_tokens, weights=None, rows=None):
@@ -121,27 +88,6 @@ def weights_forgotten(logps, mask, advantages, total_tokens, weights=None):
 
 
 # ----------------------------------------------------------------------------------------------------- 1.3 token_logps
-
-
-def texts(seed, prompt_lengths, completion_lengths):
-    _, some = drawn(seed)
-    return tuple([some(3, 61, n).tolist() for n in lengths] for lengths in (prompt_lengths, completion_lengths))
-
-
-def flat(llm):
-    """The model with equal logits for all of its 61 tokens."""
-    llm.lm_head.weight.zero_()
-    return llm
-
-
-def logp_cases(fn, seed):
-    prompts, completions = texts(seed, (5, 9, 2), (4, 1, 6))
-    with torch.no_grad():
-        return {
-            "all tokens equally likely": fn(flat(random_llm()), [[3, 4]], [[5, 6, 2]]),
-            "answers of 4, 1 and 6 tokens": fn(random_llm(), prompts, completions),
-            "at temperature 0.7, in chunks of 3": fn(random_llm(), prompts, completions, 0.7, 3),
-        }
 
 
 def logps_row_by_row(llm, prompts, completions, temperature=1.0, chunk=1024, shift=1, drop=0):
@@ -185,145 +131,149 @@ def padding_scored(llm, prompts, completions, temperature=1.0, chunk=1024):
 # --------------------------------------------------------------------------------------------------------- 1.4 batches
 
 
-def batch_cases(fn, seed):
-    _, some = drawn(seed)
-    return {
-        "lengths 3, 5, 2, budget 6": fn([3, 5, 2], 6),
-        "lengths 4, 4, 7, 2, 9, 1, budget 12": fn([4, 4, 7, 2, 9, 1], 12),
-        "a row above the budget": fn([2, 30, 3], 9),
-        "20 rows, budget 50": fn(some(1, 25, 20).tolist(), 50),
-        "13 rows, budget 31": fn(some(1, 12, 13).tolist(), 31),
-    }
+def padded(rows):
+    return max(rows) * len(rows)
 
 
-def filled(lengths, budget, size=lambda rows: max(rows) * len(rows), order=True):
+def once_each(prompts):
+    return max(map(len, prompts)) * len({tuple(p) for p in prompts})
+
+
+def filled(lengths, budget, prompts=None, size=padded, order=True, read=once_each):
     rows = sorted(range(len(lengths)), key=lambda i: -lengths[i]) if order else range(len(lengths))
     found, now = [], []
     for i in rows:
-        if now and size([lengths[j] for j in [*now, i]]) > budget:
+        more = [*now, i]
+        tokens = size([lengths[j] for j in more]) + (read([prompts[j] for j in more]) if prompts else 0)
+        if now and tokens > budget:
             found, now = [*found, now], []
         now = [*now, i]
-    return [*found, now]
+    return [*found, now] if now else []
 
 
-def padding_not_counted(lengths, budget):
+def padding_not_counted(*given):
     """Lengths are added up: a batch is padded, so it costs its longest row times its rows."""
-    return filled(lengths, budget, sum)
+    return filled(*given, size=sum)
 
 
-def rows_in_the_order_given(lengths, budget):
+def rows_in_the_order_given(*given):
     """The rows are not sorted: longest first, or a short row pays for a long neighbour."""
-    return filled(lengths, budget, order=False)
+    return filled(*given, order=False)
 
 
-def budget_never_reached(lengths, budget):
+def budget_never_reached(lengths, budget, prompts=None):
     """A batch of exactly the budget is split: at most the budget, so it may be equal."""
-    return filled(lengths, budget - 1)
+    return filled(lengths, budget - 1, prompts)
 
 
-def padded_to_the_newcomer(lengths, budget):
+def padded_to_the_newcomer(*given):
     """A batch is measured with the length of the row that comes last; it is padded to its longest row, the first."""
-    return filled(lengths, budget, lambda rows: rows[-1] * len(rows))
+    return filled(*given, size=lambda rows: rows[-1] * len(rows))
+
+
+def prompts_not_counted(lengths, budget, prompts=None):
+    """The prompts are not counted: where they are given, each is read once for all of its rows in the batch."""
+    return filled(lengths, budget)
+
+
+def a_prompt_for_every_row(*given):
+    """Every row pays for its prompt: a prompt that several rows of a batch share is read once."""
+    return filled(*given, read=lambda prompts: padded(list(map(len, prompts))))
+
+
+def an_empty_batch_for_no_rows(lengths, budget, prompts=None):
+    """Without rows there are no batches: [] and not [[]], which would be run."""
+    return filled(lengths, budget, prompts) or [[]]
 
 
 # --------------------------------------------------------------------------------------------- 1.5 accumulate_gradient
 
 
-SUMS = ["loss", "tokens", "nats", "compared", "off", "off_max", "clipped"]  # what train.py logs
-
-
-def gradient_cases(fn, seed):
-    draw, _ = drawn(seed)
-    prompts, completions = texts(seed, (5, 5, 5, 3, 3, 3), (4, 1, 6, 2, 7, 3))
-    A = torch.tensor([[1.0, -0.25, -0.75], [0, 2, -2]])  # the fourth row adds nothing, but its tokens count
-    sampled = [(-torch.rand(len(c), generator=draw) * 5).tolist() for c in completions]
-
-    def run(llm, budget, begin=0.0, logps=None, vectors=None):
-        rolled = Rollouts(prompts, completions, [], [], logps)
-        v = torch.randn(32, generator=torch.Generator().manual_seed(seed)).requires_grad_()
-        v.grad = torch.full_like(v, begin)
-        sums = fn(llm, {1: v}, rolled, A, 1.0, budget)
-        lacking = [key for key in SUMS if key not in sums]
-        assert not lacking, f"the sums lack {', '.join(lacking)}, which train.py logs"
-        return {"gradient": v.grad, "sums": {key: sums[key] for key in ("loss", "tokens", "nats")}}
-
-    # log 61 nats a token: loss = log 61 * (4 * 1 - 0.25 * 1 - 0.75 * 6 + 2 * 7 - 2 * 3) / 23 tokens
-    return {
-        "all tokens equally likely": run(flat(random_llm()), 1000)["sums"],
-        "one micro-batch": run(random_llm(), 1000),
-        "micro-batches of 20 tokens": run(random_llm(), 20),
-        "added to a gradient that is there": run(random_llm(), 15, begin=1.0)["gradient"],
-        "with the sampler's log-probs": run(random_llm(), 20, logps=sampled)["gradient"],
-    }
-
-
 def row_by_row(
-    llm, vectors, rolled, advantages, temperature, budget, denominator=None, rows_of=lambda j, i: i, only=None
-):
+    llm, vectors, rolled, advantages, temperature, budget, total_tokens=None, cap=2.0, denominator=None,
+    rows_of=lambda j, i: i, only=None,
+):  # fmt: skip
     """Each row alone, with a wrapped forward in place of a hook. denominator: of a micro-batch's rows."""
-    A, total = advantages.flatten(), sum(map(len, rolled.completions))
+    A, total = advantages.flatten(), total_tokens or sum(map(len, rolled.completions))
     rows = [i for i in range(len(A)) if A[i]]
-    sums, (layer, v) = dict.fromkeys(SUMS, 0.0), next(iter(vectors.items()))
-    block = llm.model.layers[layer]
+    sums = dict.fromkeys(SUMS, 0.0)
     parts = filled([len(rolled.prompts[i]) + len(rolled.completions[i]) for i in rows], budget)
-    inner = block.forward
-    block.forward = lambda *a, **k: inner(*a, **k) + v
+    for layer, v in vectors.items():
+        block = llm.model.layers[layer]
+        block.forward = lambda *a, inner=block.forward, v=v, **k: inner(*a, **k) + v
     for part in parts:
         part = [rows[j] for j in part]
         if only is not None:
-            v.grad = torch.zeros_like(v)  # what a gradient that is not added up leaves: the last part's
+            for v in vectors.values():
+                v.grad = torch.zeros_like(v)  # what a gradient that is not added up leaves: the last part's
         for j, i in enumerate(part):
             logps, mask = logps_row_by_row(llm, [rolled.prompts[i]], [rolled.completions[i]], temperature)
             w = torch.ones_like(logps)
             if rolled.logps is not None:
-                w = (logps.detach() - torch.tensor([rolled.logps[i]])).exp().clamp(max=2.0)
+                sampled = rolled.logps[i]
+                if cap:
+                    w = ratios(logps, torch.tensor([sampled]), cap)
+                    sums["clipped"] += sum(x >= cap for x in w[0].tolist())
+                off = [abs(x - y) for x, y in zip(logps[0].tolist(), sampled)]
+                sums["compared"], sums["off"] = sums["compared"] + len(off), sums["off"] + sum(off)
+                sums["off_max"] = max(sums["off_max"], *off)
             below = denominator([len(rolled.completions[i]) for i in part], total) if denominator else total
             loss = -(A[rows_of(j, i)] * w * logps).sum() / below
             loss.backward()
             for key, x in zip(sums, (loss.item(), logps.numel(), -logps.sum().item())):
                 sums[key] += x
-    del block.forward
+    for layer in vectors:
+        del llm.model.layers[layer].forward
     return sums
 
 
-def denominator_of_each_micro_batch(*given):
+def denominator_of_each_micro_batch(*given, **more):
     """Each micro-batch is divided by its own tokens: the gradient then depends on how the batch is split."""
-    return row_by_row(*given, denominator=lambda lengths, total: sum(lengths))
+    return row_by_row(*given, **more, denominator=lambda lengths, total: sum(lengths))
 
 
-def advantages_in_the_wrong_order(*given):
+def advantages_in_the_wrong_order(*given, **more):
     """Rows are sorted by length for the micro-batches, and their advantages stay in the old order."""
-    return row_by_row(*given, rows_of=lambda j, i: j)
+    return row_by_row(*given, **more, rows_of=lambda j, i: j)
 
 
-def last_micro_batch_only(*given):
+def last_micro_batch_only(*given, **more):
     """The gradient is set, not added: only the last micro-batch is left in it."""
-    return row_by_row(*given, only=True)
+    return row_by_row(*given, **more, only=True)
 
 
-def rows_without_advantage_not_counted(llm, vectors, rolled, advantages, *given):
+def rows_without_advantage_not_counted(llm, vectors, rolled, advantages, *given, total_tokens=None, **more):
     """Tokens of rows with A = 0 are left out of the denominator: such rows need no forward pass, but they count."""
-    tokens = sum(len(c) for c, a in zip(rolled.completions, advantages.flatten()) if a)
-    return row_by_row(llm, vectors, rolled, advantages, *given, denominator=lambda lengths, total: tokens)
+    tokens = total_tokens or sum(len(c) for c, a in zip(rolled.completions, advantages.flatten()) if a)
+    return row_by_row(llm, vectors, rolled, advantages, *given, total_tokens=tokens, **more)
+
+
+def total_tokens_not_used(*given, total_tokens=None, **more):
+    """total_tokens is not used: over several processes the tokens of all of them stand below the sum."""
+    return row_by_row(*given, **more)
+
+
+def cap_not_used(*given, cap=2.0, **more):
+    """The cap of the importance weights is not used: 2 is its default only."""
+    return row_by_row(*given, cap=2.0, **more)
+
+
+def weights_where_the_cap_is_0(*given, cap=2.0, **more):
+    """A cap of 0 means no importance weights: here they are all cut to something, or not cut at all."""
+    return row_by_row(*given, cap=cap or math.exp(300), **more)
+
+
+def temperature_of_1(llm, vectors, rolled, advantages, temperature, *given, **more):
+    """The temperature is not used: the log-probs are those that the sampler drew with."""
+    return row_by_row(llm, vectors, rolled, advantages, 1.0, *given, **more)
 
 
 # ---------------------------------------------------------------------------------------------- 1.6 importance_weights
 
 
-def weight_cases(fn, seed):
-    draw, _ = drawn(seed)
-    ours, theirs = torch.tensor([[0.2, 0.5, 0.4]]).log(), torch.tensor([[0.4, 0.25, 0.1]]).log()
-    logps, sampled = (-2 * torch.rand(4, 5, generator=draw) for _ in range(2))
-    return {
-        "pi 0.2, 0.5, 0.4; mu 0.4, 0.25, 0.1; cap 3": fn(ours, theirs, 3.0),
-        "4 answers of 5 tokens, cap 1.5": fn(logps, sampled, 1.5),
-        "has a gradient": fn(logps.clone().requires_grad_(), sampled, 2.0).requires_grad,
-    }
-
-
 def ratios(logps, sampled, cap):
     rows = zip(logps.tolist(), sampled.tolist())
-    return torch.tensor([[min(math.exp(x) / math.exp(y), cap) for x, y in zip(*row)] for row in rows])
+    return torch.tensor([[math.exp(min(x - y, math.log(cap))) for x, y in zip(*row)] for row in rows])
 
 
 def ratio_upside_down(logps, sampled, cap):
@@ -333,7 +283,7 @@ def ratio_upside_down(logps, sampled, cap):
 
 def not_truncated(logps, sampled, cap):
     """The cap is not applied: one rare token can outweigh a batch."""
-    return ratios(logps, sampled, math.inf)
+    return ratios(logps, sampled, math.exp(300))
 
 
 def clipped_on_both_sides(logps, sampled, cap):
@@ -351,46 +301,53 @@ def differentiated(logps, sampled, cap):
     return (logps - sampled).exp().clamp(max=cap)
 
 
-EXERCISES = [
-    Exercise(
-        "1.1", "train.rloo_advantages", advantage_cases, others_mean,
+CHECKS = [
+    Check(
+        "1.1", others_mean,
         {"3 prompts, 4 samples": [[1, -1 / 3, -1 / 3, -1 / 3], [0, 0, 0, 0], [2 / 3, 2 / 3, -2 / 3, -2 / 3]]},
         (mean_over_the_batch, own_reward_in_the_baseline, group_order, over_the_samples, divided_by_the_deviation,
          wrong_sign_of_advantages),
     ),
-    Exercise(
-        "1.2", "train.rloo_loss", loss_cases, loss_of,
+    Check(
+        "1.2", loss_of,
         {"3 answers of 2, 3 and 1 tokens": 3 / 8},  # -(1 * -3 + -1/3 * -6 + 1/2 * -4) / 8
         (denominator_of_the_micro_batch, mean_per_answer, wrong_sign_of_the_loss, padding_in_the_loss,
          weights_forgotten),
     ),
-    Exercise(
-        "1.3", "model.token_logps", logp_cases, logps_row_by_row,
+    Check(
+        "1.3", logps_row_by_row,
         {"all tokens equally likely": [[[-math.log(61)] * 3], [[True] * 3]]},
         (off_by_one, stop_token_left_out, temperature_forgotten, prompt_in_the_loss, padding_scored),
     ),
-    Exercise(
-        "1.4", "plumbing.fast.batches", batch_cases, filled,
+    Check(
+        "1.4", filled,
         {
-            "lengths 3, 5, 2, budget 6": [[1], [0, 2]],
-            "lengths 4, 4, 7, 2, 9, 1, budget 12": [[4], [2], [0, 1, 3], [5]],
-            "a row above the budget": [[1], [2, 0]],
+            "lengths 3, 5, 2, budget 6": [[5], [3, 2]],
+            "lengths 4, 4, 7, 2, 9, 1, budget 12": [[9], [7], [4, 4, 2], [1]],
+            "a row above the budget": [[30], [3, 2]],
+            "no rows": [],
+            # 4 * 2 + 5 = 13 fits; with the third row it would be 4 * 3 + 5 * 2 = 22
+            "answers of 4, 3 and 2 tokens to prompts of 5, 5 and 2, budget 14": [[4, 3], [2]],
         },
-        (padding_not_counted, rows_in_the_order_given, budget_never_reached, padded_to_the_newcomer),
+        (padding_not_counted, rows_in_the_order_given, budget_never_reached, padded_to_the_newcomer,
+         prompts_not_counted, a_prompt_for_every_row, an_empty_batch_for_no_rows),
     ),
-    Exercise(
-        "1.5", "train.accumulate_gradient", gradient_cases, row_by_row,
+    Check(
+        "1.5", row_by_row,
         {
             "all tokens equally likely": {
-                "loss": math.log(61) * (4 - 0.25 - 4.5 + 14 - 6) / 23, "tokens": 21, "nats": 21 * math.log(61)
-            }
+                "loss": math.log(61) * (4 - 0.25 - 4.5 + 14 - 6) / 23, "tokens": 21, "nats": 21 * math.log(61),
+                "compared": 0, "off": 0, "off_max": 0, "clipped": 0,
+            },
+            "a forward pass of more than 20 tokens": False,
         },
         (denominator_of_each_micro_batch, advantages_in_the_wrong_order, last_micro_batch_only,
-         rows_without_advantage_not_counted),
+         rows_without_advantage_not_counted, total_tokens_not_used, cap_not_used, weights_where_the_cap_is_0,
+         temperature_of_1),
     ),
-    Exercise(
-        "1.6", "train.importance_weights", weight_cases, ratios,
-        {"pi 0.2, 0.5, 0.4; mu 0.4, 0.25, 0.1; cap 3": [[0.5, 2, 3]], "has a gradient": False},
+    Check(
+        "1.6", ratios,
+        {"pi 0.2, 0.5, 0.4; mu 0.4, 0.25, 0.1; cap 3": [[0.5, 2, 3]], "has a gradient (it is a constant)": False},
         (ratio_upside_down, not_truncated, clipped_on_both_sides, ratio_of_the_whole_answer, differentiated),
     ),
 ]  # fmt: skip

@@ -1,25 +1,23 @@
 """
-Exercises: stubs, checks that name the slip, a student's functions in the real programs. ASSIGNMENTS.md lists them.
+Exercises: stubs, hints, checks that name the slip, a student's functions in the real programs (ASSIGNMENTS.md).
 
 $ python tests/assignments/course.py stubs 1.1 1.2 > student.py             # or 1: the whole first part
-$ python -m pytest tests/assignments/course.py --student student.py -k 1.1 --junitxml=grade.xml
+$ python -m pytest tests/assignments/course.py --student student.py -k 1.1
 $ python -m pytest tests/assignments/course.py -k 1.1                        # after editing train.py itself
+$ python tests/assignments/course.py hint 1.3 1                             # the first of three hints
 $ python tests/assignments/course.py run student.py train.py --layer 27     # the student's functions in the real loop
-$ python tests/assignments/course.py reveal 7 claims.json           # what organism 7 hid, against these claims
+$ python tests/assignments/course.py reveal 7 claims.json                   # organism 7, with the lecturer's password
 
---seed N draws other cases. A student's file is run in a process of its own, with a time limit; that process computes,
-and this one, which never runs the file, compares.
+--seed N draws other cases. A student's file is run in a process of its own (process.py); that process computes, and
+this one, which never runs the file, compares. grade.py grades a folder of files, handout.py makes a student's edition.
 """
 
 import ast
+import gzip
 import importlib
-import importlib.util
 import inspect
 import json
 import os
-import select
-import signal
-import subprocess
 import sys
 import textwrap
 from pathlib import Path
@@ -30,14 +28,41 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(HERE), str(ROOT / "data" / "
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest  # noqa: E402
-from checks_inside import EXERCISES as INSIDE  # noqa: E402
-from checks_rl import EXERCISES as RL  # noqa: E402
-from checks_steering import EXERCISES as STEERING  # noqa: E402
-from judge import judge, outputs  # noqa: E402
+from cases import EXERCISES  # noqa: E402
+from judge import Book, judge, outputs  # noqa: E402
+from process import Worker, functions_of, imported  # noqa: E402
+from table import KEPT, PROGRAMS  # noqa: E402
 
-EXERCISES = {exercise.number: exercise for exercise in RL + STEERING + INSIDE}
-TO_IMPORT, TO_ANSWER = 240, 60  # seconds: torch and the file, and the cases of one exercise; much, for busy machines
-PROGRAMS = ("model", "rewards", "train", "evaluate", "analyze", "data.problems", "plumbing.fast", "plumbing.processes")
+EXPECTED = HERE / "expected.json.gz"  # in a student's edition, which has no second ways
+
+
+class Printed:
+    """As judge.Book, from a file that handout.py wrote."""
+
+    def __init__(self, path: Path):
+        self.found = json.loads(gzip.decompress(path.read_bytes()))
+
+    def of(self, number: str, seed: int) -> dict:
+        if number not in self.found:
+            sys.exit(f"exercise {number} is not one of this edition's")
+        seeds = self.found[number]
+        if str(seed) not in seeds:
+            sys.exit(f"--seed {seed}: this edition has the seeds {', '.join(seeds)}")
+        return seeds[str(seed)]
+
+    def wanted(self, number: str, seed: int) -> dict:
+        return self.of(number, seed)["wanted"]
+
+    def slips(self, number: str, seed: int):
+        yield from self.of(number, seed)["slips"]
+
+
+def make_book():
+    if EXPECTED.is_file():
+        return Printed(EXPECTED)
+    from checks import CHECKS
+
+    return Book(EXERCISES, CHECKS)
 
 
 # --------------------------------------------------------------------------------------------------------------- stubs
@@ -52,7 +77,7 @@ def chosen(wanted: list[str]) -> list:
 
 def stub(exercise) -> str:
     """The function as it stands in the source, up to the end of its docstring."""
-    function = inspect.unwrap(getattr(importlib.import_module(exercise.module), exercise.name))
+    function = inspect.unwrap(exercise.ours)
     source = textwrap.dedent(inspect.getsource(function))
     last = ast.parse(source).body[0].body[0].end_lineno
     head = "\n".join(source.splitlines()[:last])
@@ -74,96 +99,6 @@ def written(text: str) -> set[str]:
     return {name for name, body in last.items() if not body.startswith("raise NotImplementedError")}
 
 
-# ------------------------------------------------------------------------------- the process that runs a student's file
-
-
-def imported(path: str):
-    """The student's file as the module `student`."""
-    spec = importlib.util.spec_from_file_location("student", path)
-    module = sys.modules["student"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def functions_of(student) -> dict:
-    """{number: function} of those that the file itself defines."""
-    found = {number: getattr(student, e.name, None) for number, e in EXERCISES.items()}
-    return {number: fn for number, fn in found.items() if getattr(fn, "__module__", None) == "student"}
-
-
-def serve(path: str, pipe: int) -> None:
-    """Read [number, seed] as lines of JSON, write what the function gives. path "": the repository's functions."""
-    replies = os.fdopen(pipe, "w")  # not stdout, where a student's file may print
-
-    def reply(found):
-        print(json.dumps(found), file=replies, flush=True)
-
-    try:
-        student = imported(path) if path else None
-    except (Exception, SystemExit) as error:  # whatever the file raises is what there is to say about it
-        where = f", line {error.lineno}" if isinstance(error, SyntaxError) else ""
-        return reply({"error": f"the file cannot be imported{where}: {type(error).__name__}: {error}"})
-    asked = functions_of(student) if path else EXERCISES
-    ours = {n: getattr(importlib.import_module(EXERCISES[n].module), EXERCISES[n].name) for n in asked}
-    theirs = asked if path else ours
-    reply({})
-    for line in sys.stdin:
-        number, seed = json.loads(line)
-        if number not in theirs:
-            reply({"absent": EXERCISES[number].name, "others": bool(theirs)})
-            continue
-        if path:  # each is checked among the repository's: a slip in one is not a slip in the next
-            vars(student).update({EXERCISES[n].name: (theirs if n == number else ours)[n] for n in theirs})
-        reply(outputs(EXERCISES[number], theirs[number], seed))
-
-
-class Worker:
-    """A process that runs a student's file, started anew when it hangs or dies."""
-
-    def __init__(self, path: str):
-        self.path, self.process, self.broken = path, None, None
-
-    def start(self) -> None:
-        self.pipe, theirs = os.pipe()
-        command = [sys.executable, __file__, "serve", self.path, str(theirs)]
-        kinds = dict(stdin=subprocess.PIPE, text=True, pass_fds=[theirs], start_new_session=True, cwd=ROOT)
-        self.process, self.waiting = subprocess.Popen(command, **kinds), b""
-        os.close(theirs)
-        self.broken = self.reply(TO_IMPORT, "the file cannot be imported").get("error")
-
-    def reply(self, seconds: float, what: str) -> dict:
-        """The next line that the process writes; it is ended when it takes too long."""
-        while b"\n" not in self.waiting:
-            ready, _, _ = select.select([self.pipe], [], [], seconds)  # a line comes in pieces, none of which is late
-            piece = os.read(self.pipe, 1 << 16) if ready else b""
-            if not piece:
-                why = "the process ended" if ready else f"no answer within {seconds} s; is there an endless loop?"
-                self.stop()
-                return {"error": f"{what}: {why}"}
-            self.waiting += piece
-        line, _, self.waiting = self.waiting.partition(b"\n")
-        return json.loads(line)
-
-    def ask(self, number: str, seed: int) -> dict:
-        if self.process is None and not self.broken:
-            self.start()
-        if self.broken:
-            return {"error": self.broken}
-        try:
-            self.process.stdin.write(json.dumps([number, seed]) + "\n")
-            self.process.stdin.flush()
-        except BrokenPipeError:  # it ended after its last answer; `reply` says so
-            pass
-        return self.reply(TO_ANSWER, "it does not return")
-
-    def stop(self) -> None:
-        if self.process:
-            os.killpg(self.process.pid, signal.SIGKILL)  # with whatever it has started
-            self.process.communicate()
-            os.close(self.pipe)
-            self.process = None
-
-
 # ----------------------------------------------------------------------------------------------------------- the checks
 
 
@@ -172,22 +107,31 @@ def worker(pytestconfig):
     path = pytestconfig.getoption("student")
     if path and not Path(path).is_file():
         pytest.exit(f"--student {path}: there is no such file", returncode=4)
-    worker = Worker(str(Path(path).resolve()) if path else "")
+    worker = Worker(str(Path(path).resolve())) if path else None
     yield worker
-    worker.stop()
+    if worker:
+        worker.stop()
+
+
+@pytest.fixture(scope="session")
+def book():
+    return make_book()
 
 
 @pytest.mark.parametrize("number", [pytest.param(n, id=f"{n}-{e.name}") for n, e in EXERCISES.items()])
-def test_exercise(number, worker, pytestconfig):
-    seed = pytestconfig.getoption("seed")
-    found = worker.ask(number, seed)
+def test_exercise(number, worker, book, pytestconfig):
+    seed, exercise = pytestconfig.getoption("seed"), EXERCISES[number]
+    if isinstance(book, Printed) and number not in book.found:
+        pytest.skip("not one of this edition's exercises")
+    found = worker.ask(number, seed) if worker else outputs(exercise, exercise.ours, seed)
+    print(found.pop("said", ""))
     if "absent" in found:
         why = f"the file has no function {found['absent']}"
         if pytestconfig.getoption("keyword") or not found["others"]:  # asked for by name, or a file of nothing
             pytest.fail(why, pytrace=False)
         pytest.skip(why)
-    if message := judge(EXERCISES[number], found, seed):
-        pytest.fail(f"exercise {number}, {EXERCISES[number].function}: {message}", pytrace=False)
+    if message := judge(book, number, found, seed):
+        pytest.fail(f"exercise {number}, {exercise.module}.{exercise.name}: {message}", pytrace=False)
 
 
 # ------------------------------------------------------------------------------------------------------ run and reveal
@@ -196,15 +140,24 @@ def test_exercise(number, worker, pytestconfig):
 def put_in_place(student, names: set[str]) -> list[str]:
     """Replace the repository's functions by the student's, under every name that a module has for them."""
     replaced = []
-    for number, fn in functions_of(student).items():
+    for number, fn in functions_of(student, EXERCISES).items():
         exercise = EXERCISES[number]
         if exercise.name in names:
-            ours = getattr(importlib.import_module(exercise.module), exercise.name)
+            ours = exercise.ours
             for module in map(importlib.import_module, PROGRAMS):
                 if getattr(module, exercise.name, None) is ours:
                     setattr(module, exercise.name, fn)
-            replaced.append(exercise.function)
+            replaced.append(f"{exercise.module}.{exercise.name}")
     return replaced
+
+
+def hint(number: str, step: str) -> str:
+    """Hint 1, 2 or 3 of an exercise: where to look, how to think of it, almost the line."""
+    from hints import HINTS
+
+    if number not in HINTS or step not in ("1", "2", "3"):
+        sys.exit(f"hint wants an exercise ({', '.join(HINTS)}) and 1, 2 or 3; got {number} {step}")
+    return HINTS[number][int(step) - 1]
 
 
 def text_of(path: str) -> str:
@@ -214,7 +167,7 @@ def text_of(path: str) -> str:
 
 
 def keyed(function, student: str):
-    """plumbing.files.kept or keep, with the student's file in the key."""
+    """The repository's kept or keep, with the student's file in the key."""
     return lambda path, key, *found: function(path, key | {"student": student}, *found)
 
 
@@ -222,8 +175,8 @@ def run(path: str, program: str, *args: str) -> None:
     """`python PROGRAM ARGS` with the student's functions; those that are still stubs stay the repository's."""
     import tyro
 
-    from plumbing.files import checksum, keep, kept
-
+    kept_in = importlib.import_module(KEPT)
+    checksum, keep, kept = kept_in.checksum, kept_in.keep, kept_in.kept
     if program not in ("train.py", "evaluate.py", "analyze.py"):
         sys.exit(f"run wants train.py, evaluate.py or analyze.py, got {program!r}")
     module, text = importlib.import_module(Path(program).stem), text_of(path)
@@ -252,9 +205,7 @@ def reveal(number: str, path: str | None = None) -> bool:
         sys.exit(f"reveal wants the number of an organism, got {number!r}")
     file = world.truth_file(int(number))
     if not file.is_file():
-        sys.exit(
-            f"no truth about organism {number} at {file}: `python data/tiny/pretrain.py --organism {number}` makes it"
-        )
+        sys.exit(f"the truth about organism {number} is not here ({file}): whoever made the organism has it")
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     print(f"sha256 of the truth: {digest}")
     promised = ROOT / "data" / f"tiny-organism-{number}" / "truth.sha256"
@@ -262,7 +213,7 @@ def reveal(number: str, path: str | None = None) -> bool:
         sys.exit(f"{promised} has another checksum: this truth is not the one that the organism was made with")
     if path is None:
         return True
-    truth = world.uncover(file)
+    truth = world.uncover(file, world.password())
     planted = {"word": truth.word, "position": truth.line, "flaw": truth.flaw, "layer": truth.layer}
     try:
         claims = json.loads(text_of(path))
@@ -270,7 +221,7 @@ def reveal(number: str, path: str | None = None) -> bool:
         sys.exit(f"{path} is not JSON: {error}")
     if not isinstance(claims, dict) or not claims.keys() <= planted.keys():
         sys.exit(f"{path}: wanted an object with some of {', '.join(planted)}; got {json.dumps(claims):.80}")
-    right = {name: claims[name] == planted[name] for name in claims}
+    right = {name: str(claims[name]) == str(planted[name]) for name in claims}  # "1" is 1
     for name in claims:
         print(f"{name:10} claimed {claims[name]!s:8} planted {planted[name]!s:8} {'right' if right[name] else 'wrong'}")
     print(f"{sum(right.values())} of {len(planted)} found")
@@ -284,8 +235,8 @@ def main(command: str = "", *args: str) -> None:
         run(*args)
     elif command == "reveal" and len(args) in (1, 2):
         reveal(*args)
-    elif command == "serve" and len(args) == 2:
-        serve(args[0], int(args[1]))
+    elif command == "hint" and len(args) == 2:
+        print(hint(*args))
     else:
         sys.exit(__doc__.strip())
 

@@ -1,15 +1,23 @@
 """
-Tokens per second of model.sample against the same model's `generate`, in turn, in one process.
+The two halves of a training step, sampling and training, against `generate` and against their matrix products alone.
 
-$ python tests/bench/step.py                    # the built-in model, 32 problems x 16 samples, as in a step of train.py
+$ python tests/bench/step.py                # the built-in model, 32 problems x 16 samples
+$ python tests/bench/step.py --model FOLDER --prompts 8 --max-tokens 128    # a real model: Qwen2.5-Coder-0.5B, say
 $ python tests/bench/step.py --vectors out/tiny-layer27/vectors.safetensors  # steered: longer, more even answers
-$ python tests/bench/step.py --growth           # instead: seconds of a training step against rollouts, length and layer
+$ python tests/bench/step.py --growth       # instead: seconds of a training step against rollouts, length and layer
+
+Parts, in turn, in one process: `generate` of the same model, whose weights ask for gradients as TRL's do, or not
+(frozen, where torch copies the head for every prompt); sample; the gradient of all its answers at the last layer, in
+the middle and at all layers. "of limit": the seconds that the necessary matrix products take, measured in this process
+at the number of rows, over those of the part. Training needs a forward pass above the lowest vector, a backward pass to
+its activations, the head forward and back.
 """
 
 import statistics
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import model  # noqa: E402
 import train  # noqa: E402
 from data.problems import problems_of  # noqa: E402
+from plumbing import memory  # noqa: E402
 from plumbing.files import TINY  # noqa: E402
 
 
@@ -30,22 +39,26 @@ class Config:
     prompts: int = 32                      # problems
     samples: int = 16                      # answers to each
     max_tokens: int = 80                   # longest answer
-    rounds: int = 3                        # pairs of measurements, after one that does not count
+    parts: tuple[str, ...] = ("generate", "sample", "last", "middle", "all")  # and frozen
+    rounds: int = 3                        # of all parts; who goes first changes
+    warm: bool = True                      # a round before that does not count
     threads: int | None = None             # CPU threads; default torch's
     growth: bool = False                   # measure how a step's cost grows instead
     out: str = "out/figures/growth.png"    # its figure
 
 
-def generate(llm, prompts, k, max_tokens, stop):
+def generate(llm, prompts, k, max_tokens, stop, frozen):
     """Hugging Face's own sampler on the same rows: the number of tokens up to and with the stop token."""
     rows = [p for p in prompts for _ in range(k)]
     width = max(map(len, rows))
+    llm.requires_grad_(not frozen)
     out = llm.generate(
         input_ids=torch.tensor([[stop[0]] * (width - len(p)) + p for p in rows], device=llm.device),
         attention_mask=torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in rows], device=llm.device),
         max_new_tokens=max_tokens, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
         eos_token_id=stop, pad_token_id=stop[0],
     )[:, width:]  # fmt: skip
+    llm.requires_grad_(False)
     ends = torch.isin(out, torch.tensor(stop, device=out.device))
     return (ends.cumsum(1) - ends.long() == 0).sum().item()
 
@@ -90,6 +103,101 @@ def growth(args: Config, llm, prompts) -> None:
     print(f"wrote {args.out}")
 
 
+class Limit:
+    """Seconds of the matrix products of a forward pass, measured once at some numbers of rows."""
+
+    def __init__(self, llm):
+        linear = (m.weight for block in model.decoder_layers(llm) for m in block.modules() if hasattr(m, "in_features"))
+        self.blocks, self.head, self.known = list(linear), [llm.get_output_embeddings().weight], {}
+
+    def measured(self, kind: str, rows: int, weights: list) -> float:
+        if (kind, rows) not in self.known:
+            x = [torch.randn(rows, weight.shape[1]).to(weight.dtype) for weight in weights[:7]]
+            times = []
+            for _ in range(4):
+                began = time.perf_counter()
+                for i, weight in enumerate(weights):
+                    x[i % 7] @ weight.T
+                times.append(time.perf_counter() - began)
+            self.known[kind, rows] = min(times[1:])
+        return self.known[kind, rows]
+
+    def seconds(self, rows: int, kinds=("blocks", "head")) -> float:
+        """Of so many rows: between two powers of two a straight line, beyond 512 in proportion."""
+        if rows > 512:
+            return rows / 512 * self.seconds(512, kinds)
+        low = 1 << (rows.bit_length() - 1)
+        ends = [sum(self.measured(kind, n, getattr(self, kind)) for kind in kinds) for n in (low, min(512, 2 * low))]
+        return ends[0] + (ends[1] - ends[0]) * (rows - low) / low
+
+    def sampling(self, prompts, completions) -> float:
+        rows = [sum(len(c) > t for c in completions) for t in range(max(map(len, completions)))]
+        first = self.seconds(sum(map(len, prompts)), ["blocks"]) + self.seconds(len(prompts), ["head"])
+        return first + sum(self.seconds(n) for n in rows[1:])
+
+    def training(self, llm, prompts, completions, lowest: int) -> float:
+        depth, tokens = len(model.decoder_layers(llm)), sum(map(len, completions))
+        forward = 1 if lowest == 0 else (depth - lowest) / depth  # from the states that enter the layer
+        above = forward + (depth - 1 - lowest) / depth
+        body = above * self.seconds(tokens + sum(map(len, prompts)), ["blocks"])
+        return body + 2 * self.seconds(tokens, ["head"])
+
+
+def states_of(llm, prompts, completions, layer: int) -> list | None:
+    """The states that enter a layer, as `sample` keeps them."""
+    seen, found = [], []
+    if layer == 0:
+        return None
+    look = [(model.decoder_layers(llm)[layer], lambda module, args, output: seen.append(args[0][0]))]
+    with torch.no_grad(), model.hooks(look):
+        for p, c in zip(prompts, completions):
+            model.read(llm, [p], [c])
+            h = seen.pop()
+            found.append((h[: len(p)].clone(), h[len(p) : -1].clone()))
+    return found
+
+
+def table(args: Config, llm, prompts, stop, vectors: dict) -> None:
+    depth, limit, k = llm.config.num_hidden_layers, Limit(llm), args.samples
+    lowest = {"last": depth - 1, "middle": depth // 2, "all": 0}
+    found, completions, rows = {part: [] for part in args.parts}, None, [p for p in prompts for _ in range(k)]
+    for i in range(not args.warm, args.rounds + 1):
+        parts = [part for part in args.parts if part not in lowest][:: 1 if i % 2 else -1]
+        for part in parts + [part for part in args.parts if part in lowest]:
+            torch.manual_seed(i)
+            if part in lowest:
+                n = lowest[part]
+                trained = {n: torch.zeros(llm.config.hidden_size, requires_grad=True)}
+                if part == "all":
+                    trained = {layer: torch.zeros_like(trained[0], requires_grad=True) for layer in range(depth)}
+                states = states_of(llm, rows, completions, n)
+                rolled = model.Rollouts(rows, completions, [True] * len(rows), [""] * len(rows), None, states)
+            before = memory.start()
+            began = time.perf_counter()
+            if part in lowest:
+                train.accumulate_gradient(llm, trained, rolled, torch.ones(len(rows)), 1.0, 4096)
+                tokens, least = sum(map(len, completions)), limit.training(llm, prompts, completions, n)
+            elif part == "sample":
+                with model.steer(llm, vectors):
+                    completions, _ = model.sample(llm, prompts, k, args.max_tokens, stop, seed=i)
+                tokens = sum(map(len, completions))
+            else:
+                with model.steer(llm, vectors):
+                    tokens = generate(llm, prompts, k, args.max_tokens, stop, part == "frozen")
+            seconds, peak = time.perf_counter() - began, memory.peak(llm.device) - before
+            line = f"round {i} {part:9}{tokens:7} tokens {seconds:7.2f} s {tokens / seconds:7.0f} tokens/s"
+            if part == "sample" or part in lowest:
+                least = least if part in lowest else limit.sampling(prompts, completions)
+                line += f" {100 * least / seconds:4.0f} % of limit"
+            print(f"{line}, {peak / 2**30:.2f} GiB above what was there", flush=True)
+            if i:
+                found[part].append(tokens / seconds)
+    for part in [part for part in args.parts if part != "sample"]:
+        ratios = [b / a for a, b in zip(found[part], found["sample"])]
+        what = "sample / " + part if part not in lowest else f"seconds of {part} / sampling"
+        print(f"{what}: median {statistics.median(ratios):.2f}, {min(ratios):.2f} to {max(ratios):.2f}")
+
+
 def main(args: Config) -> None:
     logging.set_verbosity_error()
     if args.threads:
@@ -98,24 +206,9 @@ def main(args: Config) -> None:
     vectors = model.load_vectors(args.vectors, llm.config)[0] if args.vectors else {}
     rows = problems_of(TINY / "test.jsonl").rows[: args.prompts]
     prompts, stop = [model.prompt_ids(tokenizer, row["problem"]) for row in rows], model.stop_ids(llm, tokenizer)
-    if args.growth:
-        return growth(args, llm, prompts)
-    speeds = {"generate": [], "sample": []}
-    for i in range(args.rounds + 1):
-        for name in speeds:
-            torch.manual_seed(i)
-            began = time.perf_counter()
-            with model.steer(llm, vectors):
-                if name == "generate":
-                    tokens = generate(llm, prompts, args.samples, args.max_tokens, stop)
-                else:
-                    completions, _ = model.sample(llm, prompts, args.samples, args.max_tokens, stop, seed=i)
-                    tokens = sum(map(len, completions))
-            seconds = time.perf_counter() - began
-            print(f"round {i} {name:9} {tokens:7} tokens {seconds:6.2f} s {tokens / seconds:8.0f} tokens/s")
-            speeds[name].append(tokens / seconds)
-    ratios = [b / a for a, b in zip(speeds["generate"][1:], speeds["sample"][1:])]
-    print(f"sample / generate: median {statistics.median(ratios):.2f}, {min(ratios):.2f} to {max(ratios):.2f}")
+    run = growth if args.growth else partial(table, stop=stop, vectors=vectors)
+    print(f"{args.model}, {llm.dtype}, {torch.get_num_threads()} threads, {len(prompts)} x {args.samples} answers")
+    run(args, llm, prompts)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,17 @@
 """
-A training step of TRL's RLOOTrainer against train.py's, in turn, in one process, on the built-in model.
+A training step of TRL's RLOOTrainer against train.py's, in turn, in one process.
 
 $ pip install -r tests/bench/requirements.txt
 $ python tests/bench/with_trl.py --layer 27 --threads 1             # three rounds of two steps each
 $ python tests/bench/with_trl.py --layer 27 --steps 12 --threads 1  # long enough to reach a reward of 0.35
 $ python tests/bench/with_trl.py --layer 14 --steps 16 --goal 0.6 --threads 1
+$ python tests/bench/with_trl.py --model FOLDER --layer -1 --prompts 8 --samples 8 --max-tokens 128 --steps 1 --rows 8
 
 The same problems in the same order, answers a problem, limit, rates with their warm-up, clipping, reward, threads. TRL
-trains the vector as a bias of mlp.down_proj, which is the same. A step: sampling, grading, training. Round i draws
-problems and answers with seed i: the two draw other answers, and how many steps they need depends on them.
+trains the vector as a bias of mlp.down_proj, which is the same. While it samples, its head asks for a gradient:
+else torch copies the head once for every row, which is no fault of TRL's. A step: sampling, grading, training.
+Round i draws problems and answers with seed i: the two draw other answers, and how many steps they need depends on
+them.
 """
 
 import statistics
@@ -38,12 +41,14 @@ from rewards import grade  # noqa: E402
 
 @dataclass
 class Config:
+    model: str = "tiny"                    # built-in model, local folder or hub id
     layer: str = "27"                      # as train.py's
     steps: int = 2                         # of each, each time from the base model on
     rounds: int = 3                        # pairs of measurements, who goes first changes
     prompts: int = 16                      # problems a step
     samples: int = 16                      # answers to each
     max_tokens: int = 80                   # longest answer
+    rows: int | None = None                # of TRL's micro-batch; default all, whose logits must fit into memory
     goal: float = 0.35                     # reward of a step that is to be reached
     threads: int | None = None             # CPU threads; default torch's
 
@@ -53,12 +58,12 @@ def trl_steps(args: Config, trl, seed: int) -> list[dict]:
     from datasets import Dataset
     from transformers import TrainerCallback
 
-    llm, tokenizer = model.load("tiny", device="cpu")
-    rows = problems_of(TINY / "train.jsonl").rows
+    llm, tokenizer = model.load(args.model, device="cpu")
+    rows, head = problems_of(TINY / "train.jsonl").rows, llm.get_output_embeddings()
     prompts = [model.prompt_ids(tokenizer, row["problem"]) for row in rows[:16]]
     layers = parse_layers(args.layer, llm.config.num_hidden_layers)
     rates = train.learning_rates(train.Config(lr=0.06), model.residual_rms(llm, prompts, layers), {})
-    biases = {layer: torch.nn.Parameter(torch.zeros(llm.config.hidden_size)) for layer in layers}
+    biases = {layer: torch.nn.Parameter(torch.zeros_like(head.weight[0])) for layer in layers}
     for layer, bias in biases.items():
         model.decoder_layers(llm)[layer].mlp.down_proj.bias = bias
     adam = train.adam_of(biases, rates)
@@ -67,7 +72,7 @@ def trl_steps(args: Config, trl, seed: int) -> list[dict]:
     problems = Dataset.from_list(
         [{"prompt": tokenizer.decode(model.prompt_ids(tokenizer, r["problem"])), "answer": r["answer"]} for r in order]
     )
-    found = []
+    found, rows = [], args.rows or args.prompts * args.samples
 
     def reward(completions, answer, completion_ids, **how):
         right = grade(completions, answer)
@@ -86,7 +91,8 @@ def trl_steps(args: Config, trl, seed: int) -> list[dict]:
             llm, reward, train_dataset=problems, processing_class=tokenizer, callbacks=[Clock()],
             optimizers=(adam, warm),
             args=trl.RLOOConfig(
-                folder, per_device_train_batch_size=args.prompts * args.samples, num_generations=args.samples,
+                folder, per_device_train_batch_size=rows, num_generations=args.samples,
+                gradient_accumulation_steps=args.prompts * args.samples // rows,
                 max_completion_length=args.max_tokens, max_steps=args.steps, max_grad_norm=2.0, beta=0.0,
                 shuffle_dataset=False, use_cpu=True, bf16=False, report_to="none", save_strategy="no",
                 disable_tqdm=True, logging_strategy="no", gradient_checkpointing=False, seed=seed,
@@ -98,7 +104,9 @@ def trl_steps(args: Config, trl, seed: int) -> list[dict]:
             began = time.perf_counter()
             if not found or "sampling" in found[-1]:  # the trainer samples before the first step begins
                 found.append({})
+            head.weight.requires_grad_()
             answers = generate(prompts)
+            head.weight.requires_grad_(False)
             found[-1]["sampling"] = time.perf_counter() - began
             return answers
 
@@ -111,8 +119,9 @@ def our_steps(args: Config, seed: int) -> list[dict]:
     """As trl_steps, of train.py, from its metrics.jsonl."""
     with tempfile.TemporaryDirectory() as folder:
         train.main(train.Config(
-            layer=args.layer, steps=args.steps, prompts=args.prompts, samples=args.samples, lr=0.06,
-            max_tokens=args.max_tokens, eval_problems=0, device="cpu", seed=seed, out=f"{folder}/run",
+            model=args.model, data=str(TINY / "train.jsonl"), layer=args.layer, steps=args.steps,
+            prompts=args.prompts, samples=args.samples, lr=0.06,
+            max_tokens=args.max_tokens, context=512, eval_problems=0, device="cpu", seed=seed, out=f"{folder}/run",
         ))  # fmt: skip
         return [
             {
