@@ -29,6 +29,7 @@ from answers import ANSWERS, files, wrong_files
 from cases import EXERCISES
 from checks import CHECKS
 from conftest import ROOT
+from hints import HINTS
 from judge import INPUTS, KIND, UNCHANGED, Book, difference, judge, known, name_of, numbers, outputs, pattern, same
 from safetensors.torch import load_file
 from table import FUNCTIONS, named
@@ -376,6 +377,29 @@ def test_a_class_is_graded(tmp_path, capsys):
     }  # fmt: skip
     with pytest.raises(SystemExit):
         grade.main(str(handed_in), "--exercises", "1.1", "--points", "1", "2")
+
+
+def test_the_tour_runs_and_its_outputs_are_cleared(capsys, monkeypatch):
+    cells = json.loads((ROOT / "tests" / "assignments" / "tour.ipynb").read_text())["cells"]
+    scope = {}
+    monkeypatch.chdir(ROOT / "tests" / "assignments")
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            assert cell["outputs"] == [] and cell["execution_count"] is None
+            exec("".join(cell["source"]), scope)
+    said = capsys.readouterr().out
+    assert said.count(r"So the answer is \boxed{2}.") >= 1 and "'To'" in said.splitlines()[-5]
+
+
+def test_every_exercise_has_three_hints_points_and_a_line_in_the_handout():
+    text = (ROOT / "ASSIGNMENTS.md").read_text()
+    answers = (ROOT / "tests" / "assignments" / "model_answers.md").read_text()
+    for number, (_, function, points) in FUNCTIONS.items():
+        assert re.search(rf"\| {number} \| `([\w.]+:)?{function}` \| {points} \|", text), number
+        assert f"| {number} |" in answers and len(HINTS[number]) == 3
+    assert course.hint("1.3", "2") == HINTS["1.3"][1]
+    with pytest.raises(SystemExit, match="hint wants an exercise"):
+        course.hint("9.9", "1")
 
 
 def test_a_students_edition(tmp_path):
