@@ -197,8 +197,8 @@ def test_shift_counts_answers_that_ended(qwen2, tokenizer, tmp_path, texts):
 
 def test_the_command_for_the_papers_prompts(runs):
     """What shift's docstring says reads the first 1,000 problems of that file."""
-    command = re.search(r"`analyze.py (shift RUN --data \S+ --n 1000)`", analyze.shift.__doc__)[1]
-    args = tyro.cli(analyze.Config, args=command.replace("RUN", runs["a"]).split())
+    options = re.search(r"`(--n 1000 --data \S+)`", analyze.shift.__doc__)[1]
+    args = tyro.cli(analyze.Config, args=["shift", runs["a"], *options.split()])
     assert args.data == "data/deepscaler.jsonl"
     lab = analyze.open_lab(dataclasses.replace(args, data="data/tiny/train.jsonl", device="cpu"))
     assert lab.texts.rows == analyze.problems_of("data/tiny/train.jsonl").rows[:1000] and len(lab.texts.rows) == 1000
@@ -287,7 +287,7 @@ def test_similarity(qwen2, tmp_path, texts):
     want = normalize(torch.stack(means), dim=-1)
     torch.testing.assert_close(torch.tensor(found["cosine"]), want @ want.T, rtol=1e-4, atol=1e-4)
     pair = found["pairs"][0]
-    assert pair["layers"] == [0, 1] and pair["value"] == found["cosine"][0][1] and abs(pair["value"]) < 0.99
+    assert list(pair["layers"]) == [0, 1] and pair["value"] == found["cosine"][0][1] and abs(pair["value"]) < 0.99
     assert pair["interval_95"][0] <= pair["value"] <= pair["interval_95"][1]
 
 

@@ -134,7 +134,7 @@ def test_what_would_be_read_wrong_is_refused(tiny, tiny_file, tmp_path):
         assert "transformers reads GGUF files of bloom," in said and "llama, " in said and "\n" not in said, name
     with pytest.raises(SystemExit, match="no file .*gone.gguf"):
         model.load_config(str(tmp_path / "gone.gguf"))
-    with pytest.raises(SystemExit, match="of a .gguf file give the path of the file itself"):
+    with pytest.raises(SystemExit, match="if you mean a .gguf file, give"):
         model.load_config(str(tmp_path))
 
 

@@ -1001,7 +1001,7 @@ def test_a_finished_run_is_not_overwritten(tmp_path):
         ({"rank": 0}, "--rank wants at least 1, got 0"),
         ({"init": "nowhere"}, "no vectors at nowhere"),
         ({"lr": "paper"}, "--lr paper: data/paper.json has no rate for these layers of 'tiny'"),
-        ({"dtype": "float16"}, "--dtype float16: gradients"),
+        ({"dtype": "float16"}, "--dtype float16: gradients are small"),
         ({"data": "none.jsonl"}, "no problems at none.jsonl"),
     ],
 )
