@@ -815,7 +815,7 @@ def similarity(lab: Lab) -> dict:
         f"{pairs[least].plain()}; the median of all pairs is {statistics.median(e.value for e in pairs.values()):.2f}."
     )
     table = [[str(one), str(other), e.plain()] for (one, other), e in pairs.items()]
-    listed = [e.json() | {"layers": pair} for pair, e in pairs.items()]
+    listed = [e.json() | {"layers": list(pair)} for pair, e in pairs.items()]
     numbers = {"layers": layers, "cosine": draws[0].tolist(), "pairs": listed}
     return finding(reading, ["layer", "layer", "cosine"], table, **numbers)
 
