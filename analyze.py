@@ -459,8 +459,8 @@ def shift(lab: Lab, tokens: int = 5, positions: int = 60) -> dict:
     """
     Which probabilities does it raise, and where? Each position counts for one token, as in the authors' code.
 
-    The papers used 1,000 random prompts: `--n 1000 --data data/deepscaler.jsonl` (P4 Fig. 4) or `data/open-s1.jsonl`
-    (Fig. 13) comes close.
+    The papers used 1,000 random prompts. `analyze.py shift RUN --data data/deepscaler.jsonl --n 1000` reads the first
+    1,000 of the same data (P4 Fig. 4), and `--data data/open-s1.jsonl` those of Fig. 13.
     """
     (run,) = lab.runs
     largest, answers_read, [(first, times), *_] = shifts_of(lab, run)
@@ -815,7 +815,7 @@ def similarity(lab: Lab) -> dict:
         f"{pairs[least].plain()}; the median of all pairs is {statistics.median(e.value for e in pairs.values()):.2f}."
     )
     table = [[str(one), str(other), e.plain()] for (one, other), e in pairs.items()]
-    listed = [e.json() | {"layers": pair} for pair, e in pairs.items()]
+    listed = [e.json() | {"layers": list(pair)} for pair, e in pairs.items()]
     numbers = {"layers": layers, "cosine": draws[0].tolist(), "pairs": listed}
     return finding(reading, ["layer", "layer", "cosine"], table, **numbers)
 

@@ -283,7 +283,7 @@ def test_a_share_of_0_or_1_has_an_interval():
     assert Estimate.mean([Estimate.rate([[0]] * 10)] * 2).interval == pytest.approx((0, 0.1611), abs=1e-4)
     unequal = [Estimate.rate([[0]] * 10), Estimate.rate([[0]] * 90)]
     assert Estimate.mean(unequal).interval == pytest.approx((0, 0.1611), abs=1e-4)
-    assert Estimate.mean([none, Estimate.rate([[1], [0]])]).interval == (0, 0.5)  # the bootstrap's
+    assert Estimate.mean([none, Estimate.rate([[1], [0]])]).interval == (0, 0.5)  # the bootstrap's, not degenerate
     # differences and ratios keep their draws; numbers that are no shares, cosines for example, may well be 0 or 1
     assert (both - none).interval == (1, 1) and (both / both).interval == (1, 1)
     assert Estimate.of([[1.0], [1.0]]).interval == (1, 1)
