@@ -46,10 +46,10 @@ class Bar(tqdm):
         That is the tokens so far, of unfinished answers too, for every finished one; never more than the limits allow.
         """
         found = super().format_dict
-        if self.tokens and self.n < self.total:
+        if self.tokens:
             speed, unfinished = self.tokens / max(found["elapsed"], 1e-9), self.total - self.n
             left = min(self.most, unfinished * self.tokens / self.n if self.n else math.inf) / speed
-            found |= {"rate": unfinished / max(left, 1e-9), "postfix": f"{speed:,.0f} tokens/s"}
+            found |= {"rate": max(unfinished, 1) / max(left, 1e-9), "postfix": f"{speed:,.0f} tokens/s"}
         return found
 
     def close(self) -> None:
