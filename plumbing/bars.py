@@ -53,7 +53,7 @@ class Bar(tqdm):
         return found
 
     def close(self) -> None:
-        if self.leave and not self.disable and self.fp is NOWHERE:
+        if self.leave and not self.disable and self.fp == NOWHERE:
             print(self, file=sys.stderr, flush=True)
         super().close()
 
@@ -65,7 +65,7 @@ def beat(now: float) -> None:
         bars = sorted((bar for bar in bars if time.time() > bar.start_t + 1), key=lambda bar: abs(bar.pos))
         for bar in bars:
             bar.refresh(nolock=True)
-        if bars and bars[0].fp is NOWHERE and now >= Bar.spoke + EVERY:
+        if bars and bars[0].fp == NOWHERE and now >= Bar.spoke + EVERY:
             Bar.spoke = now
             print("; ".join(map(str, bars)), file=sys.stderr, flush=True)
 
