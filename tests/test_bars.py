@@ -22,20 +22,13 @@ class Terminal(io.StringIO):
         return True
 
 
-@pytest.fixture
-def pipe(monkeypatch):
-    monkeypatch.setattr(sys, "stderr", io.StringIO())
-    monkeypatch.setattr(Bar, "spoke", 0)
-    return sys.stderr
-
-
 def begun(bar, seconds: float):
     """The bar as if it had begun so long ago."""
     bar.start_t = time.time() - seconds
     return bar
 
 
-def test_a_samplers_time_left_by_hand(pipe):
+def test_a_samplers_time_left_by_hand():
     with begun(Bar(total=10, desc="sampling", unit="answers"), 10.01) as bar:
         bar.later = 100
         bar.answered(200, 0, 300)  # 20 tokens/s; nothing has ended, so at most 400 tokens are to come
@@ -46,7 +39,10 @@ def test_a_samplers_time_left_by_hand(pipe):
         assert str(bar) == "sampling |##########| 10 of 10 answers, 00:10 gone, 00:00 left, 100 tokens/s"
 
 
-def test_a_pipe_gets_one_line_a_minute(pipe):
+def test_a_pipe_gets_one_line_a_minute(monkeypatch):
+    pipe = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", pipe)
+    monkeypatch.setattr(Bar, "spoke", 0)
     with begun(Bar(total=40, leave=True, desc="reward 12 %", unit="steps"), 120.01) as steps:
         steps.update(3)
         with begun(Bar(range(8), desc="training", unit="micro-batches"), 30.01) as inner, bars.waiting("quick"):
