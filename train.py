@@ -495,7 +495,7 @@ def log(run: Run, step: int, vectors: dict, sums: dict, batch, rolled, right, re
     metrics["problems"] = sum(all_gather([row["line"] for row in batch]), [])  # their lines in the data file
     run.timeouts = grading_timeouts()
     SECONDS.clear()
-    run.bar.set_description(f"reward {100 * metrics['reward_mean']:.0f} %")
+    run.bar.set_description_str(f"reward {100 * metrics['reward_mean']:.0f} %")
     if rank() > 0:
         return
     if step % 4 == 0:
