@@ -29,6 +29,7 @@ import tyro
 import model
 from data.problems import PAPERS, Problems, benchmarks, problems_of, prompt_ids
 from model import Subject
+from plumbing import memory
 from plumbing.bars import Bar
 from plumbing.files import FAMILY, ROOT, TINY, checksum, config_of, identity, keep, kept, lines_of, write
 from plumbing.settings import Usual, at_least, own_first
@@ -446,6 +447,7 @@ def main(args: Config) -> dict:
     vectors, meta = ({}, {}) if args.run is None else vectors_of(args.run, run)
     folder = Path(args.run or "out/base").parent / "answers"  # beside the run, where train.py and analyze.py look, too
     subject, found = Subject.of_run(run, args, holds=vectors, folder=folder), {}
+    memory.say(subject, max(args.samples or problems.samples for problems in sets), subject.context)
     if args.checkpoints:
         return checkpoints(subject, run, Path(args.run), sets, args)
     if args.base or args.run is None:

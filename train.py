@@ -435,9 +435,12 @@ def open_run(args: Config) -> Run:
     subject = Subject.of_run({"model": args.model}, replace(args, context=None))
     layers = parse_layers(args.layer, subject.depth)  # exits for a bad --layer before the model is loaded
     args = replace(args, layer="all") if len(layers) == subject.depth > 1 else args
+    args = replace(args, context=min(args.context, subject.context))
+    lowest, shared = -1 if args.method == "full" else min(layers), processes.world()[1]
+    how = dict(lowest=lowest, answers=args.prompts * args.samples // shared, micro=args.micro_tokens)
+    memory.say(subject, args.samples, args.context, **how, recompute=args.recompute, processes=shared)
     subject.template = template_of(subject.tokenizer, args.template)
     subject.system = MATH_PROMPT if args.system is None else args.system
-    args = replace(args, context=min(args.context, subject.context))
     asked = Bar(problems.rows, desc="prompts", unit="problems")
     fit = [row for row in asked if len(subject.prompt(row)) < args.context]
     if (cut := len(problems.rows) - len(fit)) and rank() == 0:
@@ -487,7 +490,7 @@ def log(run: Run, step: int, vectors: dict, sums: dict, batch, rolled, right, re
     metrics["problems"] = sum(all_gather([row["line"] for row in batch]), [])  # their lines in the data file
     run.timeouts = grading_timeouts()
     SECONDS.clear()
-    run.bar.set_description(f"reward {100 * metrics['reward_mean']:.0f} %")
+    run.bar.set_description_str(f"reward {100 * metrics['reward_mean']:.0f} %")
     if rank() > 0:
         return
     if step % 4 == 0:
@@ -563,7 +566,6 @@ def held_out_accuracy(run: Run, vectors: dict, step: int) -> dict[str, float]:
     rows, n = shard(run.held_out.rows), len(run.held_out.rows)
     seeds = shard(model.prompt_seeds(run.args.seed, range(n)))
     rolled = run.subject.rollouts(vectors, rows, 1, seed=seeds, bar="held out")
-    right = sum(grade(rolled.texts, [row["answer"] for row in rows]))
     right = sum(grade(rolled.texts, [row["answer"] for row in rows], run.subject.form))
     return {"held_out": sum(all_gather(right)) / n}
 

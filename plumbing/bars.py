@@ -46,14 +46,14 @@ class Bar(tqdm):
         That is the tokens so far, of unfinished answers too, for every finished one; never more than the limits allow.
         """
         found = super().format_dict
-        if self.tokens and self.n < self.total:
+        if self.tokens:
             speed, unfinished = self.tokens / max(found["elapsed"], 1e-9), self.total - self.n
             left = min(self.most, unfinished * self.tokens / self.n if self.n else math.inf) / speed
-            found |= {"rate": unfinished / max(left, 1e-9), "postfix": f"{speed:,.0f} tokens/s"}
+            found |= {"rate": max(unfinished, 1) / max(left, 1e-9), "postfix": f"{speed:,.0f} tokens/s"}
         return found
 
     def close(self) -> None:
-        if self.leave and not self.disable and self.fp is NOWHERE:
+        if self.leave and not self.disable and self.fp == NOWHERE:
             print(self, file=sys.stderr, flush=True)
         super().close()
 
@@ -65,7 +65,7 @@ def beat(now: float) -> None:
         bars = sorted((bar for bar in bars if time.time() > bar.start_t + 1), key=lambda bar: abs(bar.pos))
         for bar in bars:
             bar.refresh(nolock=True)
-        if bars and bars[0].fp is NOWHERE and now >= Bar.spoke + EVERY:
+        if bars and bars[0].fp == NOWHERE and now >= Bar.spoke + EVERY:
             Bar.spoke = now
             print("; ".join(map(str, bars)), file=sys.stderr, flush=True)
 

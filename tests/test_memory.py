@@ -1,5 +1,7 @@
 """plumbing/memory.py: sizes worked by hand, and against what torch keeps."""
 
+import re
+
 import pytest
 import torch
 from conftest import random_llm
@@ -80,3 +82,66 @@ def test_forced_plans_reach_training(monkeypatch):
     s = {1: torch.zeros(32, requires_grad=True)}
     train.accumulate_gradient(llm, s, rows, torch.tensor([1.0, -1.0]), 1.0, 100, recompute="yes", read_once="no")
     assert seen == [("yes", "no")]
+
+
+SMALL = Qwen2Config(  # D 32, F 40, L 4, H 4, K 2, E 8, V 61; the head is the embedding
+    hidden_size=32, intermediate_size=40, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+    vocab_size=61, tie_word_embeddings=True,
+)  # fmt: skip
+WEIGHTS = 61 * 32 + 4 * (2 * 32 * 32 + 2 * 32 * 16 + 32 + 2 * 16 + 3 * 32 * 40 + 2 * 32) + 32  # 30,240 with the norms
+
+
+def test_weights_are_the_published_numbers():
+    """In billions, from the models' cards; built without memory."""
+    known = {"Qwen2.5-0.5B": 0.494, "Qwen2.5-7B": 7.616, "Llama-3.2-1B": 1.236, "Llama-3.1-8B": 8.030}
+    for name, billions in known.items():
+        assert memory.numbers(memory.config_of(name)) / 1e9 == pytest.approx(billions, abs=6e-4)
+    assert memory.numbers(SMALL) == WEIGHTS
+
+
+def test_estimate_by_hand():
+    """On a GPU in bfloat16: a token's keys and values 2 * 4 * 2 * 8 * 2 = 256 bytes, a layer's activations 752."""
+    job = memory.Job(k=4, tokens=1000, rows=10, lowest=1, answers=8, micro=2000)
+    found = memory.estimate(SMALL, 2, "cuda", 10**9, job)
+    assert found.always == {"weights": 2 * WEIGHTS, "kept states": 8 * 1000 * 32 * 2}
+    assert found.sampling == {"keys and values of 8 answers": 8 * 256_000, "scores": 2 * 8 * 61 * 2 + 2 * 256 * 752}
+    assert found.training == {"a micro-batch of 2,000 tokens": 2000 * 3 * 752, "head": 16 * 1024 * 61}  # layers 2, 3
+    assert found.most == sum(found.always.values()) + sum(found.training.values()) and found.hints == []
+    full = memory.estimate(SMALL, 2, "cuda", 10**9, job._replace(lowest=-1, processes=2)).always
+    assert full == {"weights": 2 * WEIGHTS, "gradients, copies, Adam's moments": 10 * WEIGHTS}
+    # on a CPU keys are float32, and a prompt's are there once for its 4 answers: 192 tokens less a row
+    cpu = memory.estimate(SMALL, 2, "cpu", 10**9, job).sampling
+    assert cpu["keys and values of 8 answers"] == 8 * 512 * (1000 - 192)
+
+
+@pytest.mark.parametrize(
+    "there, changes, hint",
+    [
+        (1_400_000, {}, "the 4 answers to a problem, sampled together: lower --context or --samples"),
+        (1_400_000, {}, "a micro-batch of 2,000 tokens, layers computed again: lower --micro-tokens"),
+        (1_400_000, {"micro": 10}, "a micro-batch of 1,000 tokens: lower --context"),
+        (10**9, {"vllm": 0.5}, "vLLM's weights and the keys of one answer: raise --vllm-memory"),
+        (200_000, {"lowest": -1}, "what is there all the time: use more processes"),
+    ],
+)
+def test_what_does_not_fit(there, changes, hint):
+    job = memory.Job(k=4, tokens=1000, rows=10, lowest=1, answers=8, micro=2000)._replace(**changes)
+    assert any(said.startswith(hint) for said in memory.estimate(SMALL, 2, "cuda", there, job).hints)
+
+
+def test_said_before_the_model_is_loaded(tmp_path, monkeypatch, capsys):
+    random_llm().config.save_pretrained(tmp_path)  # a config alone
+    subject = model.Subject(name=str(tmp_path), device="cpu", dtype="float32")
+    memory.say(subject, 2, 100)
+    assert re.match(r"memory in GB, at most: weights 0\.0; keys .*; at once 0\.\d, free \d", capsys.readouterr().out)
+    monkeypatch.setattr(memory, "free", lambda device: 1000)
+    with pytest.raises(SystemExit, match="the weights of .* do not fit: .* --dtype bfloat16 halves them"):
+        memory.say(subject, 2, 100)
+    memory.say(model.Subject(name="tiny"), 2, 100)
+    assert "memory" not in capsys.readouterr().out.split("\n", 1)[1]  # nothing for the built-in model
+
+
+def test_what_fits_on_a_card():
+    assert memory.options(memory.config_of("Qwen2.5-0.5B"), 24, vllm=False) == "yes"
+    assert memory.options(memory.config_of("Qwen2.5-14B"), 24, vllm=False) == "no"  # 29.5 GB of weights
+    assert memory.options(memory.config_of("Qwen2.5-7B"), 80, vllm=True) == "yes"

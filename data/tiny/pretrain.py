@@ -253,7 +253,7 @@ def main(args: Config) -> None:
         adam.zero_grad()
         with torch.no_grad():
             llm.lm_head.weight.renorm_(2, 0, ROW)
-        bar.set_description(f"loss {loss:.3f}")
+        bar.set_description_str(f"loss {loss:.3f}")
         if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == args.steps:
             state = {"settings": settings, "step": step + 1, "llm": llm.state_dict(), "adam": adam.state_dict()}
             torch.save(state, checkpoint.with_suffix(".tmp"))
