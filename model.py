@@ -34,7 +34,6 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.cache_utils import DynamicCache
 from transformers.utils import logging
 
 from data.problems import prompt_ids, template_of
@@ -331,10 +330,11 @@ def sample(
 def _decode(llm, prompts, k, limits, stop, temperature, seeds, bar):
     """One batch of `sample`: the completions of its B = N*k rows, and the rows of every forward pass."""
     device, B, P, C = llm.device, len(prompts) * k, max(map(len, prompts)), max(limits)
-    ids, mask, positions = fast.left_padded(prompts, device)
+    copies = k if fast.looks_back(llm) else 1  # states are not copied from row to row: there a prompt is read k times
+    ids, mask, positions = fast.left_padded([p for p in prompts for _ in range(k // copies)], device)
     # a uniform number for every token to come, (C, B); time first, so that a longer limit leaves the first ones alone
     noise = torch.cat([uniform(seed, C, k) for seed in seeds], 1).to(device)
-    cache = DynamicCache()  # without the config, so that sliding-window layers too keep every position
+    cache = fast.empty_cache(llm)
 
     def forward(ids, mask, positions):  # (rows, new tokens), ... -> (rows, V)
         how = dict(attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
@@ -342,15 +342,17 @@ def _decode(llm, prompts, k, limits, stop, temperature, seeds, bar):
         return logits(llm, h, dtype=None)
 
     llm.answer_positions = torch.arange(P, device=device).expand(ids.shape) == P - 1  # for "@answer", here and below
-    scores = forward(ids, mask, positions).repeat_interleave(k, 0)
+    scores = forward(ids, mask, positions).repeat_interleave(copies, 0)
+    if not fast.filled(cache):
+        sys.exit(f"models of the type {llm.config.model_type} do not keep what they have read in transformers' cache")
     llm.answer_positions = torch.ones(1, 1, device=device)
-    length = mask.sum(1, keepdim=True).repeat_interleave(k, 0)  # (B, 1) of the row's prompt
+    length = mask.sum(1, keepdim=True).repeat_interleave(copies, 0)  # (B, 1) of the row's prompt
     shared = fast.plain(llm, cache) and fast.takes_attention(llm)
     if shared:
         cache = fast.AnswerCache(cache, mask, k)
-    else:  # a copy of the prompt for every row
-        cache.batch_repeat_interleave(k)
-    mask = torch.cat([mask.repeat_interleave(k, 0), mask.new_ones(B, C)], 1)  # (B, P + C)
+    elif copies > 1:  # a copy of the prompt for every row
+        cache.batch_repeat_interleave(copies)
+    mask = torch.cat([mask.repeat_interleave(copies, 0), mask.new_ones(B, C)], 1)  # (B, P + C)
     limit = torch.tensor(limits, device=device).repeat_interleave(k)
     ends = torch.tensor(stop, dtype=torch.long, device=device)
     tokens = torch.zeros(B, C, dtype=torch.long, device=device)
@@ -367,7 +369,7 @@ def _decode(llm, prompts, k, limits, stop, temperature, seeds, bar):
             if len(alive) == 0:
                 break
             idle += len(rows) - len(alive)  # rows that were run for nothing, since the last time that any left
-            if idle > MOVING * len(rows):
+            if idle > MOVING * len(rows) and fast.looks_back(llm):
                 cache.batch_select_indices(alive)
                 rows, idle = rows[alive], 0
             fed.append(rows)
@@ -454,16 +456,16 @@ def logits(llm, h: torch.Tensor, exact=False, rows=16384, dtype=torch.float32) -
     are fp32, never all of it. Without it the product has the model's own dtype, as the sampler's has: training wants
     the log-probs of the distribution that was sampled from. dtype: None for the model's own.
     """
-    head, cap = llm.get_output_embeddings(), getattr(llm.config, "final_logit_softcapping", None)  # cap: Gemma 2
-    assert head.bias is None, "an output layer with a bias is not supported"
-    scaled = [name for name in ("logits_scaling", "logit_scale") if getattr(llm.config, name, None) is not None]
-    assert not scaled, f"models with {scaled} are not supported"
+    head, config = llm.get_output_embeddings(), llm.config.get_text_config()
+    cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
+    scale = getattr(config, "logit_scale", None) or 1 / getattr(config, "logits_scaling", 1)  # Cohere; Granite
     shape, h = h.shape[:-1], h.reshape(-1, h.shape[-1]).contiguous()  # else torch copies a frozen head for every prompt
     if exact:
         x = torch.cat([h.float() @ part.float().T for part in head.weight.split(rows)], -1)
     else:
         x = h @ head.weight.T
         x = x if dtype is None else x.to(dtype)
+    x = (x if head.bias is None else x + head.bias.to(x.dtype)) * scale
     x = x if cap is None else cap * torch.tanh(x / cap)
     return x.view(*shape, -1)
 

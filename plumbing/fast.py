@@ -96,21 +96,35 @@ class AnswerCache:
         return (together.flatten(2, 3) @ y).unflatten(2, (self.most, -1))[self.owner, :, self.number]
 
 
+def looks_back(llm) -> bool:
+    """Whether every layer is attention to all tokens before it or to the last ones: no states, no chunks."""
+    kinds = getattr(llm.config.get_text_config(), "layer_types", None) or ()
+    return set(kinds) <= {"full_attention", "sliding_attention"}
+
+
+def empty_cache(llm) -> DynamicCache:
+    """Without the config, so that sliding-window layers too keep every position; with it where layers have states."""
+    return DynamicCache() if looks_back(llm) else DynamicCache(config=llm.config)
+
+
+def filled(cache: DynamicCache) -> bool:
+    """Whether a forward pass has put something into it; some models keep what they remember elsewhere."""
+    states = [getattr(layer, "is_conv_states_initialized", {}).values() for layer in cache.layers]
+    return any(map(any, states)) or any(getattr(layer, "is_initialized", False) for layer in cache.layers)
+
+
 def plain(llm, cache: DynamicCache) -> bool:
-    """Whether all that a model remembers of a text are keys and values of every layer: no states, none of another's."""
-    config = llm.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ())  # others are, for example, chunks
-    layers = [type(layer) for layer in cache.layers]
-    plain = kinds <= {"full_attention", "sliding_attention"} and layers == [DynamicLayer] * config.num_hidden_layers
-    llm.remembers_keys = plain
-    return plain
+    """Whether all that a model remembers of a text are keys and values of every layer, none of them another layer's."""
+    each = [type(layer) is DynamicLayer and layer.keys.shape == layer.values.shape for layer in cache.layers]
+    llm.remembers_keys = looks_back(llm) and each == [True] * llm.config.get_text_config().num_hidden_layers
+    return llm.remembers_keys
 
 
 @torch.no_grad()
 def shareable(llm) -> bool:
     """Whether a prompt's part in that can be computed once for all of its answers: seen on one token, once a model."""
     if not hasattr(llm, "remembers_keys"):
-        cache, llm.answer_positions = DynamicCache(), torch.ones(1, 1, device=llm.device)
+        cache, llm.answer_positions = empty_cache(llm), torch.ones(1, 1, device=llm.device)
         llm.get_decoder()(input_ids=torch.tensor([[0]], device=llm.device), past_key_values=cache, use_cache=True)
         llm.answer_positions = None
         plain(llm, cache)
