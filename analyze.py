@@ -16,6 +16,9 @@ where it stopped, and nothing is measured twice. Intervals are 95 % bootstrap in
 problems and seeds, so differences are paired. P1, P4: versions 1 and 4 of arXiv:2509.06608; B: arXiv:2505.18706.
 """
 
+import plumbing.threads  # noqa: F401 - before torch is loaded
+
+# isort: split
 import copy
 import json
 import shlex

@@ -12,6 +12,9 @@ their difference, 95 % intervals over problems. Answers are kept in out/answers/
 and are not computed again: run an interrupted command again, and it goes on.
 """
 
+import plumbing.threads  # noqa: F401 - before torch is loaded
+
+# isort: split
 import json
 import os
 import statistics

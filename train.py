@@ -21,6 +21,9 @@ reward.png. Defaults and checks of the settings are in plumbing/settings.py, sev
 plumbing/processes.py, --numbers and TinyLoRA in plumbing/few.py.
 """
 
+import plumbing.threads  # noqa: F401 - before torch is loaded
+
+# isort: split
 import math
 import random
 import sys
