@@ -1,15 +1,16 @@
 """
-Measure a run, or a base model, on problems with known answers. Every accuracy of the project is made here: `answers`
-asks, grades and keeps the answers, `Estimate` is a number with its interval over problems.
+Measure a run, or a base model, on problems with known answers, or ask it something. Every accuracy of the project is
+made here: `answers` asks, grades and keeps the answers, `Estimate` is a number with its interval over problems.
 
 $ python evaluate.py out/tiny-layer27                        # the run and its base model, on data/tiny/test.jsonl
+$ python evaluate.py out/tiny-layer27 --ask "What is 17 + 25?"  # base and steered answer; without a text it asks you
 $ python evaluate.py --model tiny --prefix To                # a base model with the first token forced (P1 Sec. 3)
 $ python evaluate.py out/NAME --benchmarks all               # the papers' six benchmarks, three seeds
 $ python evaluate.py out/NAME --data mine.jsonl --samples 4 --seeds 0 1 2
 
-Prints a table and writes it to the run folder as eval.md, its numbers as eval.json: accuracies of run and base model,
-their difference, 95 % intervals over problems. Answers are kept in out/answers/, those of train.py and analyze.py too,
-and are not computed again: run an interrupted command again, and it goes on.
+Prints tables and writes them to the run folder as eval.md, their numbers as eval.json: accuracies of run and base model
+and their difference with 95 % intervals over problems, and what of it is form. Answers are kept in out/answers/, those
+of train.py and analyze.py too, and are not computed again: run an interrupted command again, and it goes on.
 """
 
 import plumbing.threads  # noqa: F401 - before torch is loaded
@@ -21,8 +22,9 @@ import statistics
 import sys
 import time
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache, partial
+from functools import cache, lru_cache, partial, partialmethod
 from importlib.metadata import version
+from math import comb
 from pathlib import Path
 
 import numpy as np
@@ -33,10 +35,11 @@ import model
 from data.problems import PAPERS, Problems, benchmarks, problems_of, prompt_ids
 from model import Subject
 from plumbing import memory
+from plumbing.ask import speak
 from plumbing.bars import Bar
 from plumbing.files import FAMILY, ROOT, TINY, checksum, config_of, identity, keep, kept, lines_of, write
 from plumbing.settings import Usual, at_least, own_first
-from rewards import grade
+from rewards import grade, last_number_right, no_answer
 
 
 @own_first
@@ -44,11 +47,13 @@ from rewards import grade
 class Config(model.Asking):
     run: tyro.conf.Positional[Usual[str]] = None  # run folder of train.py; its config.json names the model
     model: Usual[str] = None               # base model, instead of a run: tiny, a folder, a .gguf file or a hub id
+    ask: Usual[tuple[str, ...]] = None     # print answers to these questions, or to the lines you type, measure nothing
+    strength: tuple[float, ...] = (1.0,)   # factor on the run's vectors; several with --ask
     benchmarks: tuple[str, ...] = ()       # names of data/NAME.jsonl (made by data/prepare.py), or all: the papers' six
     data: Usual[str] = None                # jsonl of {problem, answer} instead; default data/tiny/test.jsonl
     problems: Usual[int] = None            # use only the first N problems
     samples: Usual[int] = None             # answers to a problem at T > 0; default what the file says (AIME: 32), or 1
-    temperatures: tuple[float, ...] = (1.0, 0.0)  # 0 decodes greedily
+    temperatures: Usual[tuple[float, ...]] = None  # default 1 and 0, which decodes greedily; with --ask 0
     seeds: tuple[int, ...] = ()            # of the sampler; default 0, with --benchmarks 0 1 2 as in the papers
     base: bool = True                      # measure the run's base model too, and the difference
     checkpoints: bool = False              # measure what train.py --keep-every kept instead, and choose among it
@@ -132,17 +137,12 @@ class Estimate:
         self.value, self.draws, self.n, self.unclear = value, draws, n, False  # n: problems of a share, else 0
 
     @classmethod
-    def of(cls, rows: list[list[float]]) -> "Estimate":
-        """The mean of the rows' means. rows: [problem][sample], any numbers."""
+    def of(cls, rows: list[list[float]], share=False) -> "Estimate":
+        """The mean of the rows' means. rows: [problem][sample]; share: numbers from 0 to 1, grades for example."""
         means = np.array([np.mean(row) for row in rows])
-        return cls(float(means.mean()), means[resamples(len(means))].mean(1))
+        return cls(float(means.mean()), means[resamples(len(means))].mean(1), len(rows) if share else 0)
 
-    @classmethod
-    def rate(cls, rows: list[list[float]]) -> "Estimate":
-        """The same of numbers from 0 to 1, for example grades."""
-        found = cls.of(rows)
-        found.n = len(rows)
-        return found
+    rate = partialmethod(of, share=True)
 
     @classmethod
     def mean(cls, parts: list["Estimate"]) -> "Estimate":
@@ -201,19 +201,22 @@ class Estimate:
         return {"value": self.value, "interval_95": self.interval} | ({"unclear": True} if self.unclear else {})
 
 
-# ----------------------------------------------------------------------------------------------------------- the table
+# ---------------------------------------------------------------------------------------------------------- the tables
+
+COUNTED = {"accuracy": "right %", "last_number": "last number right %", "has_answer": "has a box %"}
+COUNTED |= {"truncated": "cut off %", "pass_at_k": "pass@k %"}
 
 
 def measure(subject: Subject, vectors: dict, sets: list[Problems], args: Config, who: str) -> dict:
     """{(benchmark, temperature): summary} of the model with these vectors, {} for the base."""
     found, seeds = {}, args.seeds or ((0, 1, 2) if args.benchmarks else (0,))
-    for temperature in args.temperatures:
+    for temperature in args.temperatures or (1.0, 0.0):
         for problems in sets:
             k, results = args.samples or problems.samples, []
             for seed in seeds if temperature else (0,):  # greedy decoding has no randomness: one answer says all
                 bar = f"{who}, {problems.name}, T = {temperature:g}, seed {seed}"
                 results.append(answers(subject, vectors, problems, k, temperature, seed, args.prefix, bar=bar))
-            found[problems.name, temperature] = summary(results)
+            found[problems.name, temperature] = summary(results, [row["answer"] for row in problems.rows])
         names = [problems.name for problems in sets]
         names = PAPERS if set(PAPERS) <= set(names) else names
         if len(names) > 1:
@@ -221,19 +224,33 @@ def measure(subject: Subject, vectors: dict, sets: list[Problems], args: Config,
     return found
 
 
-def summary(results: list[dict]) -> dict:
-    """The answers of several seeds as one row: accuracy (an Estimate), standard deviation over seeds, counts."""
-    correct = [sum(rows, []) for rows in zip(*(r["correct"] for r in results))]  # [problem][samples of all seeds]
+def pass_at(k: int, right: list[float]) -> float:
+    """The chance that one of k of these grades is 1: 1 - C(n - c, k) / C(n, k). (2, [1, 0, 0, 0]) -> 1/2"""
+    return 1 - comb(right.count(0), k) / comb(len(right), k)
+
+
+def summary(results: list[dict], golds: list) -> dict:
+    """The answers of several seeds as one row: accuracy, what else is counted (COUNTED), and how it was measured."""
+
+    def joined(what: str) -> list[list]:  # [problem][samples of all seeds]
+        return [sum(rows, []) for rows in zip(*(r[what] for r in results))]
+
+    correct, texts, lengths = joined("correct"), joined("completions"), sum(joined("lengths"), [])
+    numbers = [[last_number_right(text, gold) for text in row] for row, gold in zip(texts, golds)]
+    numbers = [row for row in numbers if None not in row]  # None: the answer is no number
     by_seed = [statistics.mean(map(statistics.mean, r["correct"])) for r in results]
-    lengths = [length for r in results for row in r["lengths"] for length in row]
+    form, k = results[0]["form"][0], len(results[0]["correct"][0])
     return {
         "accuracy": Estimate.rate(correct),
+        "last_number": Estimate.rate(numbers) if numbers else None,  # boxed or not
+        "has_answer": 1 - no_answer(sum(texts, []), form) / len(lengths),
+        "truncated": 1 - statistics.mean(sum(joined("ended"), [])),
+        "pass_at_k": Estimate.rate([[pass_at(k, row)] for row in correct]) if k > 1 else None,
         "by_seed": by_seed,
         "sd_over_seeds": statistics.pstdev(by_seed) if len(by_seed) > 1 else None,  # divisor n, as the papers
         "problems": len(correct),
-        "samples": len(correct[0]),  # of all seeds together
+        "samples": k * len(results),  # of all seeds together
         "seeds": len(results),
-        "truncated": 1 - statistics.mean(ended for r in results for row in r["ended"] for ended in row),
         "tokens_mean": statistics.mean(lengths),
         "tokens_per_second": sum(lengths) / sum(sum(r["seconds"]) for r in results),
     }
@@ -246,12 +263,17 @@ def average(found: list[dict]) -> dict:
     return {"accuracy": mean, "sd_over_seeds": statistics.pstdev(by_seed) if len(by_seed) > 1 else None}
 
 
-def cell(found: dict | None, sign: str = "") -> str:
-    """43.2 ±0.3 [41.0, 45.4] in percent."""
-    if found is None:
-        return ""
-    value, _, interval = found["accuracy"].text(sign).partition(" ")
-    spread = found.get("sd_over_seeds")
+def difference(steered: dict, base: dict) -> dict:
+    return {what: steered[what] - base[what] for what in COUNTED if None not in (steered.get(what), base.get(what))}
+
+
+def cell(found: dict, what="accuracy", sign="") -> str:
+    """In percent 43.2 ±0.3 [41.0, 45.4], or 43.2 where there is no interval; with sign "+" as a difference."""
+    x = found.get(what)
+    if not isinstance(x, Estimate):
+        return "" if x is None else f"{100 * x:{sign}.1f}"
+    value, _, interval = x.text(sign).partition(" ")
+    spread = found.get("sd_over_seeds") if what == "accuracy" else None
     return f"{value} {interval}" if spread is None else f"{value} ±{100 * spread:.1f} {interval}"
 
 
@@ -265,36 +287,43 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(lines)
 
 
-def counts(name: str, about: dict) -> list[str]:
-    """The table's columns on how a number was measured."""
-    if "problems" not in about:
-        return [""] * 6
-    k = about["samples"] // about["seeds"]
-    metric = f"mean@{k}"  # the papers: PASS@1, mean@8, AVG@32
-    truncated, tokens = f"{100 * about['truncated']:.1f} %", f"{about['tokens_mean']:.0f}"
-    return [metric, f"{about['problems']}", f"{about['seeds']}", truncated, tokens, f"{about['tokens_per_second']:.0f}"]
-
-
-def write_table(found: dict, what: str, out: Path) -> None:
-    """Print the table, write eval.md and eval.json. found: {(benchmark, temperature): {who: summary}}."""
-    head = ["benchmark", "decoding", "steered %", "base %", "difference"]
-    head += ["metric", "problems", "seeds", "truncated", "tokens", "tokens/s"]
-    rows, numbers = [], []
+def tables(found: dict) -> tuple[str, str]:
+    """Right answers; and what part of them is form. found: {(benchmark, temperature): {who: summary}}."""
+    rows, parts = [], []
     for (name, temperature), row in found.items():
-        cells = [cell(row.get("steered")), cell(row.get("base")), cell(row.get("difference"), "+")]
-        cells += counts(name, row.get("steered") or row["base"])
-        rows.append([name, f"T = {temperature:g}" if temperature else "greedy", *cells])
-        numbers.append({"benchmark": name, "temperature": temperature})
-        for who, part in row.items():
-            rest = {key: x for key, x in part.items() if key != "accuracy"}
-            numbers[-1][who] = rest | part["accuracy"].json()
-    table = markdown(head, rows)
+        where, about = [name, f"T = {temperature:g}" if temperature else "greedy"], row.get("steered") or row["base"]
+        sizes = [""] * 5
+        if "problems" in about:  # the papers: PASS@1, mean@8, AVG@32
+            sizes = [f"mean@{about['samples'] // about['seeds']}", f"{about['problems']}", f"{about['seeds']}"]
+            sizes += [f"{about['tokens_mean']:.0f}", f"{about['tokens_per_second']:.0f}"]
+        signs = {"steered": "", "base": "", "difference": "+"}
+        rows.append([*where, *(cell(row.get(who, {}), sign=sign) for who, sign in signs.items()), *sizes])
+        for who in row if "problems" in about else ():
+            parts.append([*where, who, *(cell(row[who], what, signs[who]) for what in COUNTED)])
+    head = ["steered %", "base %", "difference", "metric", "problems", "seeds", "tokens", "tokens/s"]
+    where = ["benchmark", "decoding"]
+    return markdown([*where, *head], rows), markdown([*where, "model", *COUNTED.values()], parts)
+
+
+def write_tables(found: dict, what: str, strength: float, out: Path) -> None:
+    """Print the tables, write eval.md and eval.json. found: as for `tables`."""
+    right, parts = tables(found)
     text = f"{what}. Percent of right answers, 95 % intervals over problems"
-    text += "; ± is the standard deviation over seeds (divisor: their number, as in the papers)" if "±" in table else ""
-    print(f"\n{text}\n\n{table}")
-    write(out / "eval.md", f"{text}\n\n{table}\n")
-    write(out / "eval.json", json.dumps(numbers, indent=1, default=Estimate.json) + "\n")
-    print(f"\nwrote eval.md and eval.json to {out}")
+    text += "; ± is the standard deviation over seeds (divisor: their number, as in the papers)" if "±" in right else ""
+    text += f"\n\n{right}\n\nHow much of it is form? A box is the tag <answer> under the template r1. The last number "
+    text += "counts boxed or not,\nwhere the answer is a number. pass@k: one of k answers is right, k as in mean@k.\n\n"
+    numbers = []
+    for (name, temperature), row in found.items():
+        parts_of = {who: part | part["accuracy"].json() for who, part in row.items()}
+        numbers.append({"benchmark": name, "temperature": temperature, "strength": strength} | parts_of)
+    save(f"{text}{parts}\n", numbers, out, "eval" if strength == 1 else f"eval-strength{strength:g}")
+
+
+def save(text: str, numbers, out: Path, name: str) -> None:
+    print(f"\n{text}")
+    write(out / f"{name}.md", text)
+    write(out / f"{name}.json", json.dumps(numbers, indent=1, default=Estimate.json) + "\n")
+    print(f"wrote {name}.md and {name}.json to {out}")
 
 
 def compare_with_base(subject, vectors: dict, problems: Problems, base: str, seed: int) -> float:
@@ -355,15 +384,15 @@ def chosen(test: dict[int, Estimate], validation: dict[int, Estimate]) -> dict[s
     return rules | {"best on the test problems": max(test, key=lambda step: test[step].value)}
 
 
-def checkpoints(subject: Subject, config: dict, run: Path, sets: list[Problems], args) -> dict:
+def checkpoints(subject: Subject, config: dict, run: Path, sets: list[Problems], args: Config) -> dict:
     """
-    Measure a run's checkpoints; print a table, write checkpoints.md and checkpoints.json to the run folder.
+    Measure a run's checkpoints at the first temperature; writes checkpoints.md and checkpoints.json to the run folder.
 
-    args: evaluate.py's. Test accuracy: the mean over `sets`, at the first of args.temperatures.
-    Returns {"test", "validation": {step: Estimate}, "rules": {rule: step}, "difference": Estimate or None}.
+    Returns {"test": {step: Estimate}, the mean over `sets`, "validation": {step: Estimate}, "rules": {rule: step},
+    "difference": Estimate of what it adds to choose by the test problems}.
     """
-    folders, test, validation = folders_of(run), {}, {}
-    T, others = args.temperatures[0], unseen(run, config, subject)
+    folders, test, validation, table = folders_of(run), {}, {}, []
+    T, others = (args.temperatures or (1.0,))[0], unseen(run, config, subject)
     for step, folder in folders.items():
         vectors, _ = vectors_of(folder, config)
         if config.get("method") == "full":
@@ -373,28 +402,21 @@ def checkpoints(subject: Subject, config: dict, run: Path, sets: list[Problems],
         test[step] = parts[0] if len(parts) == 1 else Estimate.mean(parts)
         if others.rows:
             bar = f"step {step}, {others.name}"
-            right = answers(subject, vectors, others, 1, T, 0, args.prefix, bar=bar)["correct"]
-            validation[step] = Estimate.rate(right)
+            validation[step] = Estimate.rate(answers(subject, vectors, others, 1, T, 0, args.prefix, bar)["correct"])
     rules = chosen(test, validation)
     fair, optimistic = rules.get("best on unseen training problems", rules["last"]), rules["best on the test problems"]
-    difference = test[optimistic] - test[fair]
-    table = []
-    for step in folders:
+    numbers = {"test": test, "validation": validation, "rules": rules, "difference": test[optimistic] - test[fair]}
+    for step in test:
         names = ", ".join(rule for rule, taken in rules.items() if taken == step)
         table.append([str(step), validation[step].text() if validation else "", test[step].text(), names])
     head = ["step", f"{len(others.rows)} unseen training problems %", "test problems %", "chosen as"]
     names = ", ".join(f"{problems.name} ({len(problems.rows)})" for problems in sets)
     text = f"{run}, T = {T:g}; test problems: {names}; 95 % intervals over problems\n\n{markdown(head, table)}\n\n"
     if not validation:
-        text += f"After {max(folders)} steps no training problem is unseen, so the last step is the fair choice.\n"
+        text += f"After {max(test)} steps no training problem is unseen, so the last step is the fair choice.\n"
     text += "The best on the test problems is how the authors choose; its own accuracy is too high, for the same "
-    text += f"problems choose and measure. The choice adds {difference.text('+')} points here.\n"
-    print(f"\n{text}")
-    out = Path(args.out or run)
-    write(out / "checkpoints.md", text)
-    numbers = {"test": test, "validation": validation, "rules": rules, "difference": difference}
-    write(out / "checkpoints.json", json.dumps(numbers, indent=1, default=Estimate.json) + "\n")
-    print(f"wrote checkpoints.md and checkpoints.json to {out}")
+    text += f"problems choose and measure. The choice adds {numbers['difference'].text('+')} points here.\n"
+    save(text, numbers, Path(args.out or run), "checkpoints")
     return numbers
 
 
@@ -419,8 +441,12 @@ def check(args: Config) -> None:
     if (args.run is None) == (args.model is None):
         sys.exit("give either a run folder (python evaluate.py out/NAME) or a base model (--model tiny)")
     at_least(args, problems=1, samples=1, max_tokens=1, rows=1, context=1, tensor_parallel=1, temperatures=0)
-    if not args.temperatures:
-        sys.exit("--temperatures wants one or more numbers from 0 up")
+    if not args.strength or not all(abs(x) < 1e6 for x in args.strength):
+        sys.exit(f"--strength wants numbers, got {' '.join(map(str, args.strength)) or 'none'}")
+    if len(args.strength) > 1 and args.ask is None:
+        sys.exit("--strength takes several numbers with --ask alone: measure one after the other")
+    if args.strength != (1.0,) and (args.run is None or args.checkpoints):
+        sys.exit("--strength scales the vectors of a run, and goes not with --checkpoints")
     if args.benchmarks and args.data:
         sys.exit("give either --benchmarks or --data")
     if args.checkpoints and args.run is None:
@@ -439,17 +465,44 @@ def vectors_of(run, config: dict) -> tuple[dict, dict]:
     return ({}, {}) if full else model.load_vectors(Path(run) / file, model.load_config(name), name)
 
 
-def main(args: Config) -> dict:
+def scaled(vectors: dict, strength: float) -> dict:
+    """Vectors of so many times the effect. Of a LoRA, B alone is scaled: B A x is linear in it."""
+    return {place: s if model.split(place).matrix == "lora_A" else strength * s for place, s in vectors.items()}
+
+
+def ask(subject: Subject, vectors: dict, run: dict, args: Config) -> None:
+    """Answer the questions of --ask, or those typed: the base model, then the run at every strength."""
+    base, tuned, speakers = (subject.llm, {}), subject, {}
+    if run.get("method") == "full":  # both models have to be there, to compare them
+        tuned = Subject.of_run(run, args)
+        tuned.swap(str(Path(args.run) / "weights"))
+    if args.base or args.run is None:
+        speakers["base"] = [base]
+    for x in args.strength if args.run else ():
+        speakers["steered" if args.strength == (1.0,) else f"strength {x:g}"] = [(tuned.llm, scaled(vectors, x)), base]
+    stop = model.stop_ids(subject.llm, subject.tokenizer)
+    for number, question in enumerate(filter(str.strip, args.ask or sys.stdin)):
+        prompt = subject.prompt({"problem": question.strip()}, args.prefix)
+        (seed,) = model.prompt_seeds((args.seeds or (0,))[0], [number])
+        for temperature in args.temperatures or (0.0,):
+            for who, models in speakers.items():
+                print(f"\n{who}: {args.prefix}", end="")
+                speak(models, subject.tokenizer, prompt, subject.room(prompt), stop, temperature, seed)
+
+
+def main(args: Config) -> dict | None:
     """Returns {(benchmark, temperature): {"base": summary, "steered": summary, "difference": ...}} or `checkpoints`."""
     check(args)
     run = {"model": args.model} if args.run is None else config_of(args.run)
-    full = run.get("method") == "full"
-    if full and args.tensor_parallel > 1:
-        sys.exit(f"--tensor-parallel wants 1 for {args.run}: all weights of a run reach vLLM within one process only")
-    sets = sets_of(args, run)
+    full, (strength, *_) = run.get("method") == "full", args.strength
+    if full and (args.tensor_parallel > 1 or args.strength != (1.0,)):
+        sys.exit(f"{args.run} trained all weights: --strength has nothing to scale, and --tensor-parallel wants 1")
+    sets = sets_of(args, run) if args.ask is None else []
     vectors, meta = ({}, {}) if args.run is None else vectors_of(args.run, run)
     folder = Path(args.run or "out/base").parent / "answers"  # beside the run, where train.py and analyze.py look, too
     subject, found = Subject.of_run(run, args, holds=vectors, folder=folder), {}
+    if args.ask is not None:
+        return ask(subject, vectors, run, args)
     memory.say(subject, max(args.samples or problems.samples for problems in sets), subject.context)
     if args.checkpoints:
         return checkpoints(subject, run, Path(args.run), sets, args)
@@ -458,18 +511,19 @@ def main(args: Config) -> dict:
     if args.run is not None:
         if full:  # all weights were trained: they take the base's place
             subject.swap(str(Path(args.run) / "weights"))
-        found["steered"] = measure(subject, vectors, sets, args, "steered")
+        found["steered"] = measure(subject, scaled(vectors, strength), sets, args, "steered")
     rows = {row: {who: part[row] for who, part in found.items()} for row in found[min(found)]}
     for row in rows.values():
         if len(row) == 2:
-            row["difference"] = {"accuracy": row["steered"]["accuracy"] - row["base"]["accuracy"]}
+            row["difference"] = difference(**row)
     what = f"{run['model']}, base model"
     if args.run is not None:
         where = "all weights" if full else f"steered at layers {', '.join(map(str, vectors))}, step {meta['step']}"
+        where += f", strength {strength:g}" if strength != 1 else ""
         what = f"{run['model']}, {where} ({args.run})"
     what += f", answers begin with {args.prefix!r}" if args.prefix else ""
     name = Path(args.model or "").resolve().name.removesuffix(".gguf")
-    write_table(rows, what, Path(args.out or args.run or f"out/{name}-base"))
+    write_tables(rows, what, strength, Path(args.out or args.run or f"out/{name}-base"))
     return rows
 
 

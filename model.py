@@ -630,9 +630,17 @@ class Subject(Asking):
         """Take the weights of another model of the same shape (a run's of --method full) when they are next needed."""
         self.wanted_weights = name
 
-    def prompt(self, row: dict) -> list[int]:
-        """Token ids of a problem as it is asked here."""
-        return prompt_ids(self.tokenizer, row["problem"], self.system, self.template)
+    def prompt(self, row: dict, prefix="") -> list[int]:
+        """Token ids of a problem as it is asked here, and of the text that the answer is made to begin with."""
+        forced = self.tokenizer(prefix, add_special_tokens=False).input_ids if prefix else []
+        return prompt_ids(self.tokenizer, row["problem"], self.system, self.template) + forced
+
+    def room(self, prompt: list[int], context: int | None = None) -> int:
+        """Tokens that an answer may have. context: of these answers, default the subject's; max_tokens counts too."""
+        context = context or self.context
+        if context <= len(prompt):
+            sys.exit(f"--context {context}: a prompt has {len(prompt)} tokens and leaves no room for an answer")
+        return min(self.max_tokens or context, context - len(prompt))
 
     def engine(self, rows: list[dict]) -> VLLM | None:
         """The vLLM engine, tested on the first problems; None where the model itself samples."""
@@ -652,18 +660,14 @@ class Subject(Asking):
         """
         k answers to each problem, of the model with these vectors, {} for the base: by `sample` or by vLLM.
 
-        seed: as for `sample`. prefix: text that every answer is made to begin with. context: of these answers, default
-        the subject's; it and max_tokens, of the answer alone, both count. keep: see `sample`.
+        seed: as for `sample`. prefix: text that every answer is made to begin with. context: see `room`. keep: see
+        `sample`.
         """
         if not rows:  # of several processes, some may have none
             return Rollouts([], [], [], [], None)
-        llm, engine, context = self.llm, self.engine(rows), context or self.context
-        forced = self.tokenizer(prefix, add_special_tokens=False).input_ids
-        prompts = [self.prompt(row) + forced for row in rows]
-        longest = max(map(len, prompts))
-        if context <= longest:
-            sys.exit(f"--context {context}: the longest prompt has {longest} tokens and leaves no room for an answer")
-        limits = [min(self.max_tokens or context, context - len(p)) for p in prompts]
+        llm, engine = self.llm, self.engine(rows)
+        prompts = [self.prompt(row, prefix) for row in rows]
+        limits = [self.room(prompt, context) for prompt in prompts]
         seeds = seed if isinstance(seed, list) else prompt_seeds(seed, range(len(prompts)))
         stop, logps, states = stop_ids(llm, self.tokenizer), None, []
         if engine is not None:

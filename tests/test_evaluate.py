@@ -223,29 +223,106 @@ def test_summary_difference_and_average_by_hand():
         n, k = len(correct), len(correct[0])
         lengths, ended = [[0] * k for _ in correct], [[True] * k for _ in correct]
         lengths[0][0], ended[0][0] = tokens, False
-        return {"correct": correct, "lengths": lengths, "ended": ended, "seconds": [2.0 / n] * n}
+        texts = [["\\boxed{1}" if right else "It is 1." for right in row] for row in correct]
+        found = {"correct": correct, "completions": texts, "lengths": lengths, "ended": ended}
+        return found | {"seconds": [2.0 / n] * n, "form": ["box"] * n}
+
+    golds = ["1", "2"]
 
     # seed means 3/4 and 1/4; by problem 3/4 and 1/4
-    got = evaluate.summary([result([[1, 1], [0, 1]]), result([[0, 1], [0, 0]], 30)])
+    got = evaluate.summary([result([[1, 1], [0, 1]]), result([[0, 1], [0, 0]], 30)], golds)
     assert (got["accuracy"].value, got["problems"], got["samples"]) == (0.5, 2, 4)
     assert (got["accuracy"].draws == Estimate.of([[1, 1, 0, 1], [0, 1, 0, 0]]).draws).all()
     assert got["sd_over_seeds"] == pytest.approx(0.25)  # divisor 2, the number of seeds
-    other = evaluate.summary([result([[1], [1]]), result([[1], [0]])])  # 1 and 1/2 by seed
+    other = evaluate.summary([result([[1], [1]]), result([[1], [0]])], golds)  # 1 and 1/2 by seed
     mean = evaluate.average([got, other])  # 7/8 and 3/8
     assert got["by_seed"] == [0.75, 0.25] and mean["sd_over_seeds"] == pytest.approx(0.25)
     assert mean["accuracy"].value == pytest.approx(0.625)
     assert (got["truncated"], got["tokens_mean"], got["tokens_per_second"]) == (2 / 8, 5.0, 10.0)
     assert got["accuracy"].interval == (0.25, 0.75)  # both the worse one, one of each, both the better one
 
+    # right answers have a box: 4 of 8. The last number is 1 everywhere: right for the first problem, boxed or not.
+    # of a problem's four answers 3 and 1 are right: two drawn from them are all wrong in 0 of 6 and in 3 of 6 cases
+    assert (got["has_answer"], got["last_number"].value, got["pass_at_k"].value) == (0.5, 0.5, (1 + 0.5) / 2)
+    assert got["last_number"].interval == (0, 1) and got["pass_at_k"].interval == (0.5, 1)
+    assert evaluate.pass_at(1, [1, 0, 0, 0]) == 0.25 and evaluate.pass_at(3, [1, 0, 0, 0]) == 0.75
+    assert other["pass_at_k"] is None  # of one answer it is the accuracy
+    words = evaluate.summary([result([[1], [0]])], ["1", "east"])
+    assert words["last_number"].value == 1 and len(set(words["last_number"].draws)) == 1  # one answer is a number
+    assert evaluate.summary([result([[1]])], ["east"])["last_number"] is None
+
     # the same gain on every problem: no doubt about the difference, however far the problems are apart
-    steered, base = evaluate.summary([result([[1, 1], [1, 0]])]), evaluate.summary([result([[1, 0], [0, 0]])])
+    steered, base = (evaluate.summary([result(rows)], golds) for rows in ([[1, 1], [1, 0]], [[1, 0], [0, 0]]))
     gain = steered["accuracy"] - base["accuracy"]
     assert gain.value == 0.5 and gain.interval == (0.5, 0.5)
 
     # benchmarks weigh the same: (0.5 + 1) / 2, though one has a hundred times the problems
-    one, many = evaluate.summary([result([[0], [1]])]), evaluate.summary([result([[1]] * 200)])
+    one, many = (evaluate.summary([result(rows)], ["1"] * len(rows)) for rows in ([[0], [1]], [[1]] * 200))
     both = Estimate.mean([one["accuracy"], many["accuracy"]])
     assert both.value == 0.75 and both.interval == (0.5, 1.0)
+
+
+def test_strength_scales_vectors_and_a_lora_once(run):
+    """Kept answers differ by their vectors; the table of another strength stands beside the plain one."""
+    A, B, s = torch.ones(2, 5), torch.ones(3, 2), torch.ones(3)
+    half = evaluate.scaled({1: s, "2.lora_A": A, "2.lora_B": B}, 0.5)
+    assert torch.equal(half["2.lora_B"] @ half["2.lora_A"], 0.5 * B @ A) and torch.equal(half[1], 0.5 * s)
+    plain = evaluate.main(config(run))
+    text = (run / "eval.md").read_text()
+    evaluate.main(config(run, strength=(-2.0,)))
+    assert (run / "eval.md").read_text() == text and "strength -2 " in (run / "eval-strength-2.md").read_text()
+    (row,) = json.loads((run / "eval-strength-2.json").read_text())
+    assert row["strength"] == -2 and json.loads((run / "eval.json").read_text())[0]["strength"] == 1
+    by_vectors = {key["vectors"]: found["completions"] for key, found in stored()}
+    vectors, _ = evaluate.vectors_of(run, {"model": "tiny"})
+    subject = model.Subject(name="tiny", device="cpu", max_tokens=30)
+    problems = problems_of(ROOT / "data/tiny/test.jsonl").first(4)
+    said = subject.rollouts({20: -2 * vectors[20]}, problems.rows, 1, 0).texts
+    assert [text for (text,) in by_vectors[evaluate.identity({20: -2 * vectors[20]})]] == said
+    assert len(by_vectors) == 3 and evaluate.main(config(run, strength=(1.0,))) and len(stored()) == 3
+    assert plain["test", 0.0]["difference"].keys() >= {"accuracy", "last_number", "has_answer", "truncated"}
+    assert "| test      | greedy   | steered    | " in text and "| has a box % | cut off % |" in text
+
+
+def test_what_is_written_to_the_terminal_is_what_is_measured(run, monkeypatch, capsys):
+    """Token for token, greedy and sampled; coloured is what the base model, given the same text, would not write."""
+    evaluate.main(config(run, temperatures=(0.0, 1.0)))
+    rows = problems_of(ROOT / "data/tiny/test.jsonl").rows[:4]
+    vectors, _ = evaluate.vectors_of(run, {"model": "tiny"})
+    llm, tokenizer = model.load("tiny", device="cpu")
+    spoken, real = [], evaluate.speak
+    monkeypatch.setattr(evaluate, "speak", lambda *args: spoken.append(real(*args)))
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    capsys.readouterr()
+    asked = config(run, ask=tuple(row["problem"] for row in rows), temperatures=(0.0, 1.0), strength=(1.0, -2.0))
+    assert evaluate.main(asked) is None
+    printed = capsys.readouterr().out
+    for T in (0.0, 1.0):
+        kept = {key["vectors"]: found for key, found in stored() if key["temperature"] == T}
+        for place, given in enumerate(({}, vectors)):  # of each question six: T, and base, strengths 1 and -2
+            found = kept[evaluate.identity(given)]
+            assert [spoken[6 * i + 3 * int(T) + place] for i in range(4)] == [ids for (ids,) in found["completion_ids"]]
+            plain = printed.replace("\033[30;43m", "").replace("\033[0m", "")
+            assert all(text.strip() in plain for (text,) in found["completions"])
+    changed = []  # by one forward pass over each steered greedy answer
+    for row, ids in zip(rows, spoken[1::6]):
+        prompt = model.Subject(name="tiny", device="cpu").prompt(row)
+        said = llm(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1].argmax(-1).tolist()
+        changed.append(sum(token != other for token, other in zip(ids, said)))
+    greedy = [part.split("\n\nstrength")[0] for part in printed.split("strength 1: ")[1::2]]
+    assert [part.count("\033[30;43m") for part in greedy] == changed and sum(changed) > 4
+    monkeypatch.setenv("NO_COLOR", "1")
+    evaluate.main(asked)
+    assert "\033" not in capsys.readouterr().out
+
+
+def test_questions_are_read_until_the_end_and_a_base_model_answers_alone(run, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", iter(["Start with 5, add 3. What is the result?\n", "\n"]))
+    evaluate.main(config(None, model="tiny", ask=(), prefix="To", max_tokens=9))
+    out = capsys.readouterr().out
+    assert out.count("base: To") == 1 and "steered" not in out and "strength" not in out and "\033" not in out
+    assert not stored()
 
 
 def test_interval():
@@ -369,6 +446,10 @@ def test_errors_give_one_line(tmp_path):
         ({"run": str(tmp_path / "full")}, "no weights in .*--resume"),
         ({"run": str(tmp_path / "vector")}, "no vectors in .*--resume"),
         ({"run": str(tmp_path / "full"), "tensor_parallel": 2}, "--tensor-parallel wants 1"),
+        ({"model": "tiny", "strength": (2.0,)}, "--strength scales the vectors of a run"),
+        ({"run": "x", "strength": (1.0, 2.0)}, "--strength takes several numbers with --ask alone"),
+        ({"run": "x", "strength": (float("nan"),)}, "--strength wants numbers, got nan"),
+        ({"run": str(tmp_path / "full"), "strength": (2.0,)}, "trained all weights"),
         ({"model": "tiny", "problems": 0}, "--problems wants at least 1, got 0"),
         ({"model": "tiny", "temperatures": (-1.0,)}, "--temperatures wants at least 0, got -1.0"),
         ({"model": "some/other"}, "--benchmarks NAME... or --data FILE is needed"),
