@@ -229,7 +229,7 @@ def say(subject, k: int, context: int, **training) -> None:
         print(f"this may not fit: {hint}")
 
 
-# the numbers of their config.json, from the hub: D, F, L, H, K, V, whether the head is the embedding
+# the numbers in their config.json: D, F, L, H, K, V, whether the head is the embedding
 MODELS = {
     "Qwen2.5-0.5B": (896, 4864, 24, 14, 2, 151_936, True),
     "Qwen2.5-1.5B": (1536, 8960, 28, 12, 2, 151_936, True),

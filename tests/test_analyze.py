@@ -197,8 +197,8 @@ def test_shift_counts_answers_that_ended(qwen2, tokenizer, tmp_path, texts):
 
 def test_the_command_for_the_papers_prompts(runs):
     """What shift's docstring says reads the first 1,000 problems of that file."""
-    options = re.search(r"`(--n 1000 --data \S+)`", analyze.shift.__doc__)[1]
-    args = tyro.cli(analyze.Config, args=["shift", runs["a"], *options.split()])
+    command = re.search(r"`analyze.py (shift RUN --data \S+ --n 1000)`", analyze.shift.__doc__)[1]
+    args = tyro.cli(analyze.Config, args=command.replace("RUN", runs["a"]).split())
     assert args.data == "data/deepscaler.jsonl"
     lab = analyze.open_lab(dataclasses.replace(args, data="data/tiny/train.jsonl", device="cpu"))
     assert lab.texts.rows == analyze.problems_of("data/tiny/train.jsonl").rows[:1000] and len(lab.texts.rows) == 1000

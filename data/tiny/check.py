@@ -103,7 +103,8 @@ class Check:
     def accuracy(self, name: str, ways: list[dict], temperature=1.0, system=None, prefix="") -> Estimate:
         """The mean over several dicts of vectors; the sampler's seed is 0 for the first one, 1 for the next, ..."""
         self.subject.system = system
-        got = summary([answers(self.subject, s, self.problems, 1, temperature, i, prefix) for i, s in enumerate(ways)])
+        results = [answers(self.subject, s, self.problems, 1, temperature, i, prefix) for i, s in enumerate(ways)]
+        got = summary(results, [row["answer"] for row in self.problems.rows])
         self.report[name] = got["accuracy"].json() | {key: got[key] for key in ("by_seed", "problems", "truncated")}
         (self.out / f"{self.name}.json").write_text(json.dumps(self.report, indent=1) + "\n")
         return got["accuracy"]
