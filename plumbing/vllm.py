@@ -197,7 +197,11 @@ class VLLM:
         params = [SamplingParams(max_tokens=n, seed=s, **how) for n, s in zip(max_tokens, seeds, strict=True)]
         shown = dict(desc=bar, total=len(prompts) * params[0].n, unit="answers")
         requests = [{"prompt_token_ids": p} for p in prompts]
-        found = self.engine.generate(requests, params, use_tqdm=lambda **usual: Bar(**usual | shown))
+
+        def progress(items=None, **usual):  # vLLM's bars: over the prompts that it reads, then of the answers
+            return Bar(**usual | shown) if items is None else Bar(items, **usual)
+
+        found = self.engine.generate(requests, params, use_tqdm=progress)
         rows = [row for request in found for row in request.outputs * (k if greedy else 1)]
         completions = [list(row.token_ids) for row in rows]
         logps = [[at[token].logprob for at, token in zip(row.logprobs, row.token_ids)] for row in rows]

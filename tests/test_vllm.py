@@ -157,16 +157,16 @@ def test_self_test(tiny, rows, engine, monkeypatch):
     prompts = [model.prompt_ids(tiny[1], row["problem"]) for row in rows[:8]]
     found = model.test_engine(engine, tiny[0], prompts)
     assert max(found["steered"], found["base"]) < 1e-4 and found["effect"] > 1
-    real, layer, site = engine.push, lambda place: model.split(place).layer, lambda place: place.partition(".")[2]
+    real = engine.push  # of {(site, layer): tensor}
     mistakes = {
-        "the next layer": lambda v: real({f"{(layer(p) + 1) % 28}.{site(p)}": s for p, s in v.items()}),
+        "the next layer": lambda v: real({(site, (l + 1) % 28): s for (site, l), s in v.items()}),
         "no vectors": lambda v: real({}),
-        "the old vectors": lambda v: real(large(0, range(28))),
-        "the other sign": lambda v: real({layer: -s for layer, s in v.items()}),
-        "one layer missing": lambda v: real({place: s for place, s in v.items() if layer(place) != 27}),
-        "no LoRA": lambda v: real({place: s for place, s in v.items() if site(place) in ("end", "attention")}),
+        "the old vectors": lambda v: real(model.engine_tensors(large(0, range(28)))),
+        "the other sign": lambda v: real({at: -s for at, s in v.items()}),
+        "one layer missing": lambda v: real({(site, l): s for (site, l), s in v.items() if l != 27}),
+        "no LoRA": lambda v: real({(site, l): s for (site, l), s in v.items() if site in ("end", "attention")}),
         "attention's at the end": lambda v: real(
-            {p: v[p.replace("end", "attention")] for p in v if site(p) != "attention"}
+            {(site, l): v["attention", l] if site == "end" else s for (site, l), s in v.items() if site != "attention"}
         ),
     }
     for name, push in mistakes.items():
