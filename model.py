@@ -74,7 +74,7 @@ def load(name: str = "tiny", device: str = "auto", dtype: str = "auto"):
         torch.zeros(1, device=device).tolist()  # fails on the device "meta", which holds no numbers
         llm = llm.to(device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch's for a device that is not there
-        sys.exit(f"--device {device}: {str(error).strip().splitlines()[0]}")
+        sys.exit(f"--device {device}: {(str(error).strip() or repr(error)).splitlines()[0]}")
     return llm.eval().requires_grad_(False), tokenizer
 
 
@@ -114,7 +114,8 @@ def cannot_load(name: str, error: Exception) -> str:
     wanted = "give 'tiny', a local folder, a .gguf file or a hub id (offline, one that is in the local cache)"
     if is_gguf(name):
         wanted = f"transformers reads GGUF files of {gguf_file.readable()}"
-    return f"cannot load the model {name!r}: {wanted}. The reason: {str(error).strip().splitlines()[0]}"
+    reason = (str(error).strip() or repr(error)).splitlines()[0]
+    return f"cannot load the model {name!r}: {wanted}. The reason: {reason}"
 
 
 def stop_ids(llm, tokenizer) -> list[int]:

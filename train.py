@@ -477,7 +477,6 @@ def start(run: Run, trained, adam: torch.optim.Adam) -> int:
 
 
 def progress(run: Run, first: int) -> Bar:
-    """The steps to do, with a bar."""
     """The steps to do, with a progress bar."""
     steps = run.args.steps
     run.bar = Bar(range(first, steps), leave=True, initial=first, total=steps, desc="reward  ?", unit="steps")
