@@ -398,12 +398,13 @@ def pick(logits: torch.Tensor, temperature: float, noise: torch.Tensor | None = 
 
     noise: (B,), uniform in [0, 1): the token where the cumulative probability passes it.
     The sums are float64: in float32, over 152k tokens, they pass many tokens by. First over blocks of `width` tokens,
-    then inside the one that is found, which takes a fifth of the time of one sum over all.
+    then inside the one that is found, which takes a third of the time of one sum over all.
     """
     if temperature == 0:
         return logits.argmax(-1)
     found, V = [], logits.shape[-1]
-    for x, u in zip(logits.split(8), noise.double().split(8)):  # a few rows at a time stay in the processor's cache
+    rows = max(8, (1 << 20) // V)  # as many at a time as stay in the processor's cache
+    for x, u in zip(logits.split(rows), noise.double().split(rows)):
         p = x.new_zeros(len(x), -(-V // width) * width, dtype=torch.float32)
         torch.exp((x.float() - x.amax(-1, keepdim=True)) / temperature, out=p[:, :V])
         p = p.unflatten(-1, (-1, width))  # (rows, blocks, width), up to a factor
