@@ -45,7 +45,8 @@ from evaluate import Estimate, answers, grader, markdown, vectors_of
 from model import Subject
 from plumbing.bars import Bar, waiting
 from plumbing.figures import draw, piece, quoted, spread
-from plumbing.files import checksum, config_of, identity, keep, kept, lines_of, write
+from plumbing.files import checksum, config_of, identity, json_of, keep, kept, lines_of, one_line, write
+from plumbing.processes import state_of
 from plumbing.settings import CHANGE_NO_NUMBER, Usual, at_least, check_seed, flag, label_of, own_first
 from rewards import grade
 
@@ -1191,14 +1192,17 @@ def scale(lab: Lab) -> dict:
     return finding(reading, ["layer", "part of the text", "mean size"], table, by_place=found, example=example)
 
 
+STEP = dict.fromkeys(("seconds_update", "seconds_sync"), float | int)  # what `cost` reads of a step
+
+
 @analysis("B Tables 3, 5", takes=("lora", "full"), n=None)
 def cost(lab: Lab) -> dict:
     """What does training cost, and, if evaluate.py has measured it, what does it bring?"""
     found, table, columns = {}, [], {}
     for run in lab.runs:
-        if not (run.folder / "state.pt").is_file() or not (steps := lines_of(run.folder / "metrics.jsonl")):
+        if not (run.folder / "state.pt").is_file() or not (steps := lines_of(run.folder / "metrics.jsonl", STEP)):
             sys.exit(f"{run.folder} has no state.pt or metrics.jsonl of train.py; train it again, or leave it out")
-        state = torch.load(run.folder / "state.pt", map_location="cpu", weights_only=True, mmap=True)["trained"]
+        state = state_of(run.folder / "state.pt")["trained"]
         moments = [x for one in state.values() for name, x in one.items() if name != "value"]
         parts = ["seconds_sampling", "seconds_grading", "seconds_training"]
         parts += ["seconds_sync"] * run.full  # the sync of vectors is a part of the sampling
@@ -1211,7 +1215,7 @@ def cost(lab: Lab) -> dict:
             "sampler": run.config.get("sampler"), "label": run.label, "right": {},
         }  # fmt: skip
         file = run.folder / "eval.json"
-        measured = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+        measured = json_of(file, [{"benchmark": str, "temperature": float | int}]) if file.is_file() else []
         names = [m["benchmark"] for m in measured]
         for m in measured:
             if m["benchmark"] == ("Avg" if "Avg" in names else names[0]) and (steered := m.get("steered")):
@@ -1246,7 +1250,7 @@ def check(args: Config) -> None:
     """Exit with one line for settings that cannot work."""
     if args.name not in ANALYSES:
         sys.exit(f"no analysis {args.name!r}; there are {', '.join(ANALYSES)} and report")
-    at_least(args, n=1, samples=1, top=1, rows=1, context=1, max_tokens=1, tensor_parallel=1, temperature=0)
+    at_least(args, n=1, samples=1, top=1, rows=1, context=1, max_tokens=1, tensor_parallel=1, temperature=0, seeds=0)
     check_seed(args.seed)
     if args.benchmarks and args.data:
         sys.exit("give either --benchmarks or --data")
@@ -1273,6 +1277,7 @@ def command(args: Config) -> str:
     return "python analyze.py " + shlex.join(given)
 
 
+@one_line()
 def main(args: Config) -> dict | None:
     if args.name == "report":
         print(f"wrote {report(Path(args.runs[0] if args.runs else 'out'), list(ANALYSES))}")
@@ -1281,7 +1286,8 @@ def main(args: Config) -> dict | None:
     lab = open_lab(args)
     folder = Path(args.out or (lab.runs[0].folder / "figures" if len(lab.runs) == 1 else "out/figures"))
     path = folder / f"{args.name}.json"
-    doc = None if args.name == "cost" else kept(path, lab.key)  # the key does not know the files that cost reads
+    shape = {"reading": str, "table": [list]}
+    doc = None if args.name == "cost" else kept(path, lab.key, shape)  # the key does not know the files that cost reads
     if doc is None:
         about = {"name": args.name, "command": command(args), "about": lab.about}
         with waiting(args.name):

@@ -28,7 +28,6 @@ from math import comb
 from pathlib import Path
 
 import numpy as np
-import torch
 import tyro
 
 import model
@@ -37,7 +36,8 @@ from model import Subject
 from plumbing import memory
 from plumbing.ask import speak
 from plumbing.bars import Bar
-from plumbing.files import FAMILY, ROOT, TINY, checksum, config_of, identity, keep, kept, lines_of, write
+from plumbing.files import FAMILY, ROOT, TINY, checksum, config_of, identity, keep, kept, lines_of, one_line, write
+from plumbing.processes import state_of
 from plumbing.settings import Usual, at_least, own_first
 from rewards import grade, last_number_right, no_answer
 
@@ -86,7 +86,7 @@ def answers(
     key = subject.key | {"vectors": identity(vectors), "data": problems.checksum, "prefix": prefix}
     key |= {"samples": k, "temperature": temperature, "seed": seed}
     name = f"{problems.name}-T{temperature:g}-seed{seed}-{checksum(json.dumps(key).encode())}.json"
-    found = kept(subject.folder / name, key) or {}
+    found = kept(subject.folder / name, key, {"correct": [list], "completions": [list], "prompt_ids": [list]}) or {}
     done, n = len(found.get("correct", [])), len(problems.rows)
     graders = found.setdefault("grader", [""] * done)
     if done and "form" not in found:  # answers of an earlier version
@@ -360,7 +360,7 @@ def compare_with_base(subject, vectors: dict, problems: Problems, base: str, see
 def unseen(run: Path, config: dict, subject: Subject) -> Problems:
     """Problems of a run's training file that none of its steps drew, at most 400. metrics.jsonl has what was drawn."""
     data = problems_of(config["data"])
-    seen = {line for row in lines_of(run / "metrics.jsonl") for line in row["problems"]}
+    seen = {line for row in lines_of(run / "metrics.jsonl", {"problems": [int]}) for line in row["problems"]}
     asked = partial(prompt_ids, subject.tokenizer, system=config.get("system"), template=config.get("template"))
     every = Bar(data.rows, desc="prompts", unit="problems")
     rows = [row for row in every if row["line"] not in seen and len(asked(row["problem"])) < config["context"]]
@@ -372,8 +372,7 @@ def folders_of(run: Path) -> dict[int, Path]:
     found = {int(path.name): path for path in sorted((run / "checkpoints").glob("[0-9]*")) if path.name.isdigit()}
     if not found:
         sys.exit(f"no checkpoints in {run}: train with --keep-every N, for example 53 as the authors")
-    last = torch.load(run / "state.pt", map_location="cpu", weights_only=True, mmap=True)["step"]
-    return found | {last: run}
+    return found | {state_of(run / "state.pt")["step"]: run}
 
 
 def chosen(test: dict[int, Estimate], validation: dict[int, Estimate]) -> dict[str, int]:
@@ -440,7 +439,7 @@ def check(args: Config) -> None:
     """Exit with one line for a setting that cannot work."""
     if (args.run is None) == (args.model is None):
         sys.exit("give either a run folder (python evaluate.py out/NAME) or a base model (--model tiny)")
-    at_least(args, problems=1, samples=1, max_tokens=1, rows=1, context=1, tensor_parallel=1, temperatures=0)
+    at_least(args, problems=1, samples=1, max_tokens=1, rows=1, context=1, tensor_parallel=1, temperatures=0, seeds=0)
     if not args.strength or not all(abs(x) < 1e6 for x in args.strength):
         sys.exit(f"--strength wants numbers, got {' '.join(map(str, args.strength)) or 'none'}")
     if len(args.strength) > 1 and args.ask is None:
@@ -490,6 +489,7 @@ def ask(subject: Subject, vectors: dict, run: dict, args: Config) -> None:
                 speak(models, subject.tokenizer, prompt, subject.room(prompt), stop, temperature, seed)
 
 
+@one_line()
 def main(args: Config) -> dict | None:
     """Returns {(benchmark, temperature): {"base": summary, "steered": summary, "difference": ...}} or `checkpoints`."""
     check(args)

@@ -24,11 +24,10 @@ from dataclasses import dataclass, field, fields
 from functools import cached_property, partial
 from importlib.util import find_spec
 from pathlib import Path
-from struct import error as StructError
 from typing import Literal, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
@@ -36,16 +35,23 @@ from torch.utils.checkpoint import checkpoint
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from data.problems import prompt_ids, template_of
+from data.problems import DAY, MATH_PROMPT, R1_PROMPT, prompt_ids, template_of
 from plumbing import fast, gguf_file, memory
 from plumbing.bars import Bar, waiting
 from plumbing.fast import batches
-from plumbing.files import FAMILY, base_checksum, is_gguf, source_of, written
+from plumbing.files import (
+    FAMILY,
+    base_checksum,
+    checksum,
+    is_gguf,
+    reading,
+    reason,
+    settings_digest,
+    source_of,
+    written,
+)
 from plumbing.settings import Usual
 from plumbing.vllm import VLLM, VLLM_MODELS
-
-# no such id, no connection; no causal LM; broken file; a package or an architecture that GGUF files need is missing
-UNREADABLE = (OSError, ValueError, SafetensorError, ImportError, NotImplementedError, KeyError, IndexError, StructError)
 
 # ---------------------------------------------------------------------------------------------------------- the model
 
@@ -65,16 +71,22 @@ def load(name: str = "tiny", device: str = "auto", dtype: str = "auto"):
         if is_gguf(source):
             llm, tokenizer = gguf_file.load(source, **how)
         else:
-            tokenizer = AutoTokenizer.from_pretrained(source)
-            llm = AutoModelForCausalLM.from_pretrained(source, use_safetensors=True, **how)
-    except UNREADABLE as error:
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+            how |= dict(use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True)
+            llm, found = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False, **how)
+            if lost := [*found["missing_keys"], *found["mismatched_keys"]]:  # transformers would make them up
+                raise ValueError(f"{len(lost)} weights are not in its files, or of another shape, such as {lost[0]}")
+            rows = llm.get_input_embeddings().num_embeddings
+            if tokenizer.vocab_size > rows or not tokenizer("1", add_special_tokens=False).input_ids:
+                raise ValueError(f"its tokenizer, of {tokenizer.vocab_size} tokens, is not that of a model of {rows}")
+    except Exception as error:  # a folder may hold anything, and tokenizers raises Exception itself
         sys.exit(cannot_load(name, error))
     llm.config.architectures = [type(llm).__name__]  # files without it are common, vLLM and the exports want it
     try:
         torch.zeros(1, device=device).tolist()  # fails on the device "meta", which holds no numbers
         llm = llm.to(device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch's for a device that is not there
-        sys.exit(f"--device {device}: {(str(error).strip() or repr(error)).splitlines()[0]}")
+        sys.exit(f"--device {device}: {reason(error)}")
     return llm.eval().requires_grad_(False), tokenizer
 
 
@@ -82,10 +94,14 @@ def load_config(name: str):
     """The config of a model, from its files alone. name: as for `load`."""
     source = source_of(name)
     try:
-        config = gguf_file.config_of(source) if is_gguf(source) else AutoConfig.from_pretrained(source)
-    except UNREADABLE as error:
+        read = gguf_file.config_of if is_gguf(source) else partial(AutoConfig.from_pretrained, trust_remote_code=False)
+        if type(config := read(source)) not in MODEL_FOR_CAUSAL_LM_MAPPING or not getattr(config, "is_decoder", True):
+            raise ValueError(f"{config.model_type} is no causal language model")
+        if getattr(config, "num_hidden_layers", 1) < 1:
+            raise ValueError(f"its config has {config.num_hidden_layers} layers")
+    except Exception as error:
         sys.exit(cannot_load(name, error))
-    if not config.architectures and type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if not config.architectures:
         config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__]
     return config
 
@@ -96,6 +112,10 @@ def resolve(device: str, dtype: str, config) -> tuple[str, str]:
 
     On a CPU the checkpoint's own where the processor multiplies bfloat16 (two to four times faster), else float32.
     """
+    try:
+        torch.device("cpu" if device == "auto" else device)
+    except RuntimeError as error:
+        sys.exit(f"--device {device}: {reason(error)}")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if dtype == "auto":
@@ -114,8 +134,7 @@ def cannot_load(name: str, error: Exception) -> str:
     wanted = "give 'tiny', a local folder, a .gguf file or a hub id (offline, one that is in the local cache)"
     if is_gguf(name):
         wanted = f"transformers reads GGUF files of {gguf_file.readable()}"
-    reason = (str(error).strip() or repr(error)).splitlines()[0]
-    return f"cannot load the model {name!r}: {wanted}. The reason: {reason}"
+    return f"cannot load the model {name!r}: {wanted}. The reason: {reason(error)}"
 
 
 def stop_ids(llm, tokenizer) -> list[int]:
@@ -231,7 +250,11 @@ def steer(llm, vectors: dict):
             continue  # goes with its A
         if at.matrix == "lora_A":
             B = vectors[str(place).replace("lora_A", "lora_B")].to(llm.device)
-        pairs.append((site_module(llm, place), partial(_add, llm, at.where, s.to(llm.device), B)))
+        module = site_module(llm, place)
+        wide = getattr(module, "in_features" if at.matrix else "out_features", s.shape[-1])
+        if s.shape[-1] != wide:
+            sys.exit(f"what is added at {place} has {s.shape[-1]} numbers, and the model {wide} there")
+        pairs.append((module, partial(_add, llm, at.where, s.to(llm.device), B)))
     with hooks(pairs):
         yield
 
@@ -599,7 +622,9 @@ class Subject(Asking):
         """What its answers depend on, from files alone; of a hub model the commit."""
         names = ("name", "template", "system", "context", "max_tokens", "dtype")
         weights = base_checksum(self.wanted_weights)
-        return {name: getattr(self, name) for name in names} | {"weights": weights, "sampler": self.samples_with}
+        prompts = checksum(f"{settings_digest(source_of(self.name))} {MATH_PROMPT} {R1_PROMPT} {DAY}".encode())
+        also = {"weights": weights, "prompts": prompts, "sampler": self.samples_with}
+        return {name: getattr(self, name) for name in names} | also
 
     @cached_property
     def loaded(self) -> tuple:
@@ -759,19 +784,17 @@ def load_vectors(path, config, model: str | None = None) -> tuple[dict, dict[str
     """
     if not Path(path).is_file():
         sys.exit(f"no vectors at {path}: train some first, for example `python train.py --layer 27`")
-    try:
-        with safe_open(path, "pt") as file:
-            meta = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except SafetensorError as error:
-        sys.exit(f"{path} is not a safetensors file: {error}")
+    with reading(path, "a safetensors file"), safe_open(path, "pt") as file:
+        meta = file.metadata() or {}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
     missing = [key for key in ("model", "width", "num_layers", "site", "step") if key not in meta]
-    if missing:
-        sys.exit(f"{path} is not a file of steering vectors: its metadata lacks {', '.join(missing)}")
+    if missing or not tensors:
+        lacks = f"its metadata lacks {', '.join(missing)}" if missing else "it is empty"
+        sys.exit(f"{path} is not a file of steering vectors: {lacks}")
     width, depth = config.hidden_size, config.num_hidden_layers
     if model is not None and meta["model"] != model:
         sys.exit(f"{path} was trained for the model {meta['model']!r}, not for {model!r}")
-    if (int(meta["width"]), int(meta["num_layers"])) != (width, depth):
+    if (meta["width"], meta["num_layers"]) != (str(width), str(depth)):
         fits = f"fits a model of width {meta['width']} and {meta['num_layers']} layers"
         sys.exit(f"{path} {fits}; this one has width {width} and {depth} layers")
     vectors = {}
@@ -784,5 +807,14 @@ def load_vectors(path, config, model: str | None = None) -> tuple[dict, dict[str
             fits = tuple(s.shape) == shapes.get(matrix, (width,))
         if not fits:
             sys.exit(f"{path}: {name} of shape {tuple(s.shape)} does not fit a model of {depth} layers, width {width}")
+        if not s.is_floating_point() or not s.isfinite().all():
+            sys.exit(f"{path}: {name} has entries that are no finite floating-point numbers")
         vectors[int(place) if place.isdigit() else place] = s
+    for place, s in vectors.items():
+        if (matrix := split(place).matrix) == "lora_B" and str(place).replace(matrix, "lora_A") not in vectors:
+            sys.exit(f"{path}: the LoRA at {place} lacks its A")
+        if matrix == "lora_A":
+            B = vectors.get(place.replace(matrix, "lora_B"))
+            if B is None or B.shape[1] != len(s):
+                sys.exit(f"{path}: the LoRA at {place} lacks its B, or that has another rank")
     return vectors, meta

@@ -14,7 +14,7 @@ from typing import Annotated, TypeVar
 import torch
 import tyro
 
-from data.problems import Problems, problems_of
+from data.problems import MOST_SAMPLES, Problems, problems_of
 from plumbing.files import FAMILY, ROOT, config_of, lines_of, write
 
 T = TypeVar("T")
@@ -36,13 +36,18 @@ def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
+MOST = {"samples": MOST_SAMPLES, "temperature": 1e6, "temperatures": 1e6, "seeds": 2**63 - 1}
+
+
 def at_least(args, **lows: int) -> None:
-    """Exit with one line if a setting is below its smallest value; all values of a tuple are checked."""
+    """Exit with one line if a setting is below its smallest value or above MOST; all values of a tuple are checked."""
     for name, low in lows.items():
         value = getattr(args, name)
         for one in value if isinstance(value, tuple) else [value]:
             if one is not None and not one >= low:  # "not >=" catches nan, too
                 sys.exit(f"{flag(name)} wants at least {low}, got {one}")
+            if one is not None and one > MOST.get(name, one):
+                sys.exit(f"{flag(name)} wants at most {MOST[name]:g}, got {one}")
 
 
 def check_seed(seed: int) -> None:
@@ -234,10 +239,11 @@ def check_folder(folder: Path, settings: dict, resume: bool) -> None:
 def begin(folder: Path, settings: dict, steps: int) -> None:
     """Write config.json, and drop the log of steps that came after the saved state."""
     settings = {name: value for name, value in settings.items() if name not in ("out", "resume")}
+    logs = {name: lines_of(folder / name, {"step": int}) for name in ("metrics.jsonl", "samples.jsonl")}
     write(folder / "config.json", json.dumps(settings, indent=2) + "\n")
-    for name in ("metrics.jsonl", "samples.jsonl"):
-        rows = [row for row in lines_of(folder / name) if row["step"] < steps]
-        write(folder / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    for name, rows in logs.items():
+        rows = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows if row["step"] < steps]
+        write(folder / name, "".join(rows))
 
 
 @contextmanager
