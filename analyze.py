@@ -1192,15 +1192,12 @@ def scale(lab: Lab) -> dict:
     return finding(reading, ["layer", "part of the text", "mean size"], table, by_place=found, example=example)
 
 
-STEP = dict.fromkeys(("seconds_update", "seconds_sync"), float | int)  # what `cost` reads of a step
-
-
 @analysis("B Tables 3, 5", takes=("lora", "full"), n=None)
 def cost(lab: Lab) -> dict:
     """What does training cost, and, if evaluate.py has measured it, what does it bring?"""
     found, table, columns = {}, [], {}
     for run in lab.runs:
-        if not (run.folder / "state.pt").is_file() or not (steps := lines_of(run.folder / "metrics.jsonl", STEP)):
+        if not (run.folder / "state.pt").is_file() or not (steps := lines_of(run.folder / "metrics.jsonl", {"seconds_update": float})):
             sys.exit(f"{run.folder} has no state.pt or metrics.jsonl of train.py; train it again, or leave it out")
         state = state_of(run.folder / "state.pt")["trained"]
         moments = [x for one in state.values() for name, x in one.items() if name != "value"]
@@ -1250,7 +1247,7 @@ def check(args: Config) -> None:
     """Exit with one line for settings that cannot work."""
     if args.name not in ANALYSES:
         sys.exit(f"no analysis {args.name!r}; there are {', '.join(ANALYSES)} and report")
-    at_least(args, n=1, samples=1, top=1, rows=1, context=1, max_tokens=1, tensor_parallel=1, temperature=0, seeds=0)
+    at_least(args, n=1, samples=1, top=1, rows=1, context=1, max_tokens=1, tensor_parallel=1, temperature=0)
     check_seed(args.seed)
     if args.benchmarks and args.data:
         sys.exit("give either --benchmarks or --data")
@@ -1286,8 +1283,8 @@ def main(args: Config) -> dict | None:
     lab = open_lab(args)
     folder = Path(args.out or (lab.runs[0].folder / "figures" if len(lab.runs) == 1 else "out/figures"))
     path = folder / f"{args.name}.json"
-    shape = {"reading": str, "table": [list]}
-    doc = None if args.name == "cost" else kept(path, lab.key, shape)  # the key does not know the files that cost reads
+    # the key does not know the files that cost reads
+    doc = None if args.name == "cost" else kept(path, lab.key, {"reading": str, "table": [list]})
     if doc is None:
         about = {"name": args.name, "command": command(args), "about": lab.about}
         with waiting(args.name):

@@ -439,7 +439,7 @@ def check(args: Config) -> None:
     """Exit with one line for a setting that cannot work."""
     if (args.run is None) == (args.model is None):
         sys.exit("give either a run folder (python evaluate.py out/NAME) or a base model (--model tiny)")
-    at_least(args, problems=1, samples=1, max_tokens=1, rows=1, context=1, tensor_parallel=1, temperatures=0, seeds=0)
+    at_least(args, problems=1, samples=1, max_tokens=1, rows=1, context=1, tensor_parallel=1, temperatures=0)
     if not args.strength or not all(abs(x) < 1e6 for x in args.strength):
         sys.exit(f"--strength wants numbers, got {' '.join(map(str, args.strength)) or 'none'}")
     if len(args.strength) > 1 and args.ask is None:

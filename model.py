@@ -35,21 +35,11 @@ from torch.utils.checkpoint import checkpoint
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from data.problems import DAY, MATH_PROMPT, R1_PROMPT, prompt_ids, template_of
+from data.problems import prompt_checksum, prompt_ids, template_of
 from plumbing import fast, gguf_file, memory
 from plumbing.bars import Bar, waiting
 from plumbing.fast import batches
-from plumbing.files import (
-    FAMILY,
-    base_checksum,
-    checksum,
-    is_gguf,
-    reading,
-    reason,
-    settings_digest,
-    source_of,
-    written,
-)
+from plumbing.files import FAMILY, base_checksum, is_gguf, reading, reason, source_of, written
 from plumbing.settings import Usual
 from plumbing.vllm import VLLM, VLLM_MODELS
 
@@ -82,12 +72,7 @@ def load(name: str = "tiny", device: str = "auto", dtype: str = "auto"):
     except Exception as error:  # a folder may hold anything, and tokenizers raises Exception itself
         sys.exit(cannot_load(name, error))
     llm.config.architectures = [type(llm).__name__]  # files without it are common, vLLM and the exports want it
-    try:
-        torch.zeros(1, device=device).tolist()  # fails on the device "meta", which holds no numbers
-        llm = llm.to(device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch's for a device that is not there
-        sys.exit(f"--device {device}: {reason(error)}")
-    return llm.eval().requires_grad_(False), tokenizer
+    return llm.to(device).eval().requires_grad_(False), tokenizer
 
 
 def load_config(name: str):
@@ -95,10 +80,9 @@ def load_config(name: str):
     source = source_of(name)
     try:
         read = gguf_file.config_of if is_gguf(source) else partial(AutoConfig.from_pretrained, trust_remote_code=False)
-        if type(config := read(source)) not in MODEL_FOR_CAUSAL_LM_MAPPING or not getattr(config, "is_decoder", True):
-            raise ValueError(f"{config.model_type} is no causal language model")
-        if getattr(config, "num_hidden_layers", 1) < 1:
-            raise ValueError(f"its config has {config.num_hidden_layers} layers")
+        decoder = type(config := read(source)) in MODEL_FOR_CAUSAL_LM_MAPPING and getattr(config, "is_decoder", True)
+        if not decoder or getattr(config, "num_hidden_layers", 1) < 1:  # of encoders is_decoder is False
+            raise ValueError(f"its config.json is that of no causal language model, but of {config.model_type}")
     except Exception as error:
         sys.exit(cannot_load(name, error))
     if not config.architectures:
@@ -112,12 +96,12 @@ def resolve(device: str, dtype: str, config) -> tuple[str, str]:
 
     On a CPU the checkpoint's own where the processor multiplies bfloat16 (two to four times faster), else float32.
     """
-    try:
-        torch.device("cpu" if device == "auto" else device)
-    except RuntimeError as error:
-        sys.exit(f"--device {device}: {reason(error)}")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=device).tolist()  # fails on the device "meta", which holds no numbers
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch's for a device that is not there
+        sys.exit(f"--device {device}: {reason(error)}")
     if dtype == "auto":
         dtype = "bfloat16" if device != "cpu" or config.dtype == torch.bfloat16 and native_bfloat16() else "float32"
     if dtype not in ("float32", "bfloat16", "float16"):
@@ -250,11 +234,7 @@ def steer(llm, vectors: dict):
             continue  # goes with its A
         if at.matrix == "lora_A":
             B = vectors[str(place).replace("lora_A", "lora_B")].to(llm.device)
-        module = site_module(llm, place)
-        wide = getattr(module, "in_features" if at.matrix else "out_features", s.shape[-1])
-        if s.shape[-1] != wide:
-            sys.exit(f"what is added at {place} has {s.shape[-1]} numbers, and the model {wide} there")
-        pairs.append((module, partial(_add, llm, at.where, s.to(llm.device), B)))
+        pairs.append((site_module(llm, place), partial(_add, llm, at.where, s.to(llm.device), B)))
     with hooks(pairs):
         yield
 
@@ -622,8 +602,7 @@ class Subject(Asking):
         """What its answers depend on, from files alone; of a hub model the commit."""
         names = ("name", "template", "system", "context", "max_tokens", "dtype")
         weights = base_checksum(self.wanted_weights)
-        prompts = checksum(f"{settings_digest(source_of(self.name))} {MATH_PROMPT} {R1_PROMPT} {DAY}".encode())
-        also = {"weights": weights, "prompts": prompts, "sampler": self.samples_with}
+        also = {"weights": weights, "prompts": prompt_checksum(source_of(self.name)), "sampler": self.samples_with}
         return {name: getattr(self, name) for name in names} | also
 
     @cached_property
@@ -789,8 +768,8 @@ def load_vectors(path, config, model: str | None = None) -> tuple[dict, dict[str
         tensors = {name: file.get_tensor(name) for name in file.keys()}
     missing = [key for key in ("model", "width", "num_layers", "site", "step") if key not in meta]
     if missing or not tensors:
-        lacks = f"its metadata lacks {', '.join(missing)}" if missing else "it is empty"
-        sys.exit(f"{path} is not a file of steering vectors: {lacks}")
+        missing = missing or ["a tensor, too"]
+        sys.exit(f"{path} is not a file of steering vectors: its metadata lacks {', '.join(missing)}")
     width, depth = config.hidden_size, config.num_hidden_layers
     if model is not None and meta["model"] != model:
         sys.exit(f"{path} was trained for the model {meta['model']!r}, not for {model!r}")
@@ -810,11 +789,8 @@ def load_vectors(path, config, model: str | None = None) -> tuple[dict, dict[str
         if not s.is_floating_point() or not s.isfinite().all():
             sys.exit(f"{path}: {name} has entries that are no finite floating-point numbers")
         vectors[int(place) if place.isdigit() else place] = s
-    for place, s in vectors.items():
-        if (matrix := split(place).matrix) == "lora_B" and str(place).replace(matrix, "lora_A") not in vectors:
-            sys.exit(f"{path}: the LoRA at {place} lacks its A")
-        if matrix == "lora_A":
-            B = vectors.get(place.replace(matrix, "lora_B"))
-            if B is None or B.shape[1] != len(s):
-                sys.exit(f"{path}: the LoRA at {place} lacks its B, or that has another rank")
+    for place in vectors:
+        A, B = (vectors.get(re.sub("lora_[AB]", name, str(place))) for name in ("lora_A", "lora_B"))
+        if split(place).matrix and (A is None or B is None or len(A) != B.shape[1]):
+            sys.exit(f"{path}: the LoRA at {place} lacks its A or B, or they have different ranks")
     return vectors, meta

@@ -38,7 +38,7 @@ from torch.nn.functional import normalize
 from torch.nn.utils.rnn import pad_sequence
 
 import model
-from data.problems import MATH_PROMPT, Problems, day_of, problems_of, template_of
+from data.problems import DAY, MATH_PROMPT, Problems, problems_of, template_of
 from evaluate import compare_with_base
 from model import Subject
 from plumbing import memory, processes, settings
@@ -468,8 +468,7 @@ def start(run: Run, trained, adam: torch.optim.Adam) -> int:
     subject, first = run.subject, 0
     subject.holds = trained.steering
     config = asdict(run.args) | {name: getattr(subject, name) for name in ("template", "system", "device", "dtype")}
-    config |= {"sampler": subject.samples_with}  # exits with a line if vLLM cannot hold the vectors
-    config |= {"prompt_date": day} if (day := day_of(subject.tokenizer)) else {}
+    config |= {"prompt_day": str(DAY), "sampler": subject.samples_with}  # exits if vLLM cannot hold the vectors
     settings.check_folder(run.out, config, run.args.resume)
     if run.args.resume:
         first = processes.load_state(run.out / "state.pt", trained.values, adam)

@@ -11,7 +11,6 @@ import json
 import re
 import signal
 import sys
-from contextlib import contextmanager
 from datetime import date
 from functools import lru_cache, partial
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import NamedTuple
 
 from plumbing.files import ROOT, checksum, fitted, reading, reason
 
+PATIENCE = 10  # seconds that a chat template may take
 MOST_SAMPLES = 100_000  # all answers to a problem are decoded together
 PAPERS = ["aime24", "aime25", "amc23", "math500", "minerva", "olympiad"]  # P4's six benchmarks; Avg is their mean
 
@@ -93,9 +93,11 @@ def dated(chat_template: str) -> str:
     return re.sub(r"""strftime_now\((["'])(.*?)\1\)""", lambda found: repr(format(DAY, found[2])), chat_template)
 
 
-def day_of(tokenizer) -> str | None:
-    """The day that prompts name, or None if the chat template asks for none."""
-    return str(DAY) if tokenizer.chat_template and "strftime_now" in tokenizer.get_chat_template() else None
+def prompt_checksum(source) -> str:
+    """What makes the prompts of a model, and its config.json; source: see source_of. Of a hub model the commit says it."""
+    kinds, local = (".json", ".jinja", ".model", ".txt"), isinstance(source, Path) and source.is_dir()
+    files = [path.read_bytes() for path in sorted(source.iterdir()) if path.suffix in kinds] if local else []
+    return checksum(b"".join(files) + f"{MATH_PROMPT} {R1_PROMPT} {DAY}".encode())
 
 
 @lru_cache
@@ -103,46 +105,31 @@ def control_tokens(tokenizer) -> list[str]:
     return [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
 
 
-PATIENCE = 10  # seconds that a prompt may take
-
-
-@contextmanager
-def in_time(what: str):
-    """Around what may never end: stops it, with one line."""
-
-    def stop(*_):
-        sys.exit(f"{what} takes more than {PATIENCE} seconds")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(PATIENCE)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-
-
 def in_chat_template(tokenizer, problem: str, system: str) -> str:
     """
-    The text of a prompt in the tokenizer's own chat template, which may do with its messages what it likes.
+    A prompt in the tokenizer's own chat template; ends the program with one line if it does not hold the problem.
 
-    Where it refuses the system message, as Gemma's does, or leaves it out, that goes in front of the problem. If the
-    problem itself is not in the text, the program ends with one line.
+    The system message goes in front of the problem if the template refuses it, as Gemma's does, or leaves it out.
     """
-    ask = partial(tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=True)
+
+    def fail(why, *_):
+        sys.exit(f"the chat template of {tokenizer.name_or_path} makes no prompt ({why}); try --template qwen-math or r1")
+
+    ask = partial(tokenizer.apply_chat_template, chat_template=dated(tokenizer.get_chat_template()), tokenize=False)
+    signal.signal(signal.SIGALRM, partial(fail, "it takes too long"))
     user, why = {"role": "user", "content": problem}, "it leaves the problem out"
-    where = f"the chat template of {tokenizer.name_or_path}"
-    whole = [{"role": "system", "content": system}, user], [user | {"content": f"{system}\n\n{problem}"}]
-    for messages in whole if system else [[user]]:
+    together = [user | {"content": f"{system}\n\n{problem}".lstrip()}]
+    for messages in ([{"role": "system", "content": system}, user] if system else together, together):
+        signal.alarm(PATIENCE)
         try:
-            with in_time(where):
-                text = ask(messages, chat_template=dated(tokenizer.get_chat_template()))
-        except Exception as error:  # a template is a program, and may raise anything
-            why = reason(error)
-        else:
+            text = ask(messages, add_generation_prompt=True)
             if problem.strip() in text and system.strip() in text:
                 return text
-    sys.exit(f"{where} makes no prompt of a problem ({why}); --template r1 or qwen-math does without it")
+        except Exception as error:  # a template is a program, and may raise anything
+            why = reason(error)
+        finally:
+            signal.alarm(0)
+    fail(why)
 
 
 def prompt_ids(tokenizer, problem: str, system: str | None = None, template: str | None = None) -> list[int]:
@@ -169,13 +156,13 @@ def prompt_ids(tokenizer, problem: str, system: str | None = None, template: str
     has_bos = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
     # a second BOS in front would change what the model does
     encode = partial(tokenizer, add_special_tokens=template != "native" and not has_bos)
-    if any(token in problem for token in control_tokens(tokenizer)):  # it is text, and must not end the turn
-        before, problem, after = text.rpartition(problem.strip())
-        ids = encode(before).input_ids
+    after = ""
+    if any(token in problem for token in control_tokens(tokenizer)):  # it is text there, and must not end the turn
+        text, problem, after = text.rpartition(problem.strip())
+    ids = encode(text).input_ids
+    if after:
         ids += tokenizer(problem, add_special_tokens=False, split_special_tokens=True).input_ids
         ids += tokenizer(after, add_special_tokens=False).input_ids
-    else:
-        ids = encode(text).input_ids
     bos = tokenizer.bos_token_id  # later in the prompt it is fine: SmolLM2's opens every turn of a chat
     assert bos is None or ids[:2] != [bos, bos], "the chat template puts two BOS tokens in front of the prompt"
     return ids

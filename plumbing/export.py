@@ -29,17 +29,7 @@ from transformers.utils import cached_file
 if sys.path[0] == str(Path(__file__).parent):  # this folder has a vllm.py that is not the package
     sys.path[0] = str(Path(__file__).parents[1])
 import model  # noqa: E402
-from plumbing.files import (  # noqa: E402
-    TOKENIZER,
-    base_checksum,
-    config_of,
-    is_gguf,
-    json_of,
-    one_line,
-    source_of,
-    write,
-    written,
-)
+from plumbing.files import base_checksum, config_of, is_gguf, json_of, one_line, source_of, write, written  # noqa: E402
 from plumbing.settings import Usual, label_of  # noqa: E402
 
 
@@ -211,6 +201,7 @@ llm = PeftModel.from_pretrained(llm, "THIS FOLDER")
 AS_LLAMA = ("llama", "qwen2", "mistral")  # a Llama with biases computes the same as these families
 LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "mlp_bias": True, "attention_bias": True}
 NO_LLAMA = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types", "_name_or_path")
+TOKENIZER = ("tokenizer", "chat_template", "special_tokens_map", "added_tokens", "vocab", "merges", "generation_config")
 
 
 def to_vllm(trained: Trained, path: Path) -> None:

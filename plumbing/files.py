@@ -20,10 +20,8 @@ FAMILY = {name: TINY.with_name(name) for name in ("tiny", "tiny-instruct", "tiny
 FAMILY |= {path.name: path for path in sorted(TINY.parent.glob("tiny-organism-*"))}  # pretrain.py --organism
 
 
-# what a run's config.json may say, as far as other programs read it
-RUN = {"model": str} | dict.fromkeys(("rank", "numbers", "context", "max_tokens"), int | None)
-TEXTS = "method layer site where template system data held_out dtype reward sampler"
-RUN |= dict.fromkeys(TEXTS.split(), str | None)
+RUN = dict.fromkeys("method layer site where template system data held_out dtype reward".split(), str | None)
+RUN |= dict.fromkeys(("rank", "numbers", "context", "max_tokens"), int | None) | {"model": str}  # in config.json
 
 
 # what readers of JSON, safetensors and torch's files raise
@@ -162,11 +160,7 @@ def append(path: Path, rows: list[dict]) -> None:
 
 
 def lines_of(path: Path, shape=dict) -> list[dict]:
-    """
-    The rows of a jsonl file, up to one that was cut off when a program was killed; [] if there is no file.
-
-    shape: of every row, see `fitted`.
-    """
+    """The rows of a jsonl file, up to one that was cut off when a program was killed; [] if there is no file."""
     rows = []
     with reading(path, "the rows that train.py wrote"):
         for line in path.read_text(encoding="utf-8").split("\n") if path.is_file() else []:
@@ -207,18 +201,6 @@ def weights_digest(source: Path, size: int = 1 << 20) -> str:
     return checksum(b"".join(parts))
 
 
-# the files of a model folder that make its prompts, beside config.json
-TOKENIZER = ("tokenizer", "chat_template", "special_tokens_map", "added_tokens", "vocab", "merges", "generation_config")
-
-
-def settings_digest(source) -> str:
-    """A checksum of a model folder's config.json and of the files that make its prompts; "" of a file or a hub id."""
-    if not isinstance(source, Path) or source.is_file():
-        return ""  # the checksum of the weights, or the commit, says it
-    names = ("config.json", *TOKENIZER)
-    return checksum(b"".join(path.read_bytes() for path in sorted(source.iterdir()) if path.name.startswith(names)))
-
-
 def base_checksum(name: str) -> str:
     """What identifies a model's weights: a checksum of local files, or the commit of a hub model."""
     source = source_of(name)
@@ -228,20 +210,11 @@ def base_checksum(name: str) -> str:
     return Path(config).parent.name if isinstance(config, str) else "unknown"
 
 
-KEPT = "a result that was kept here; delete it"
-
-
 def kept(path: Path, key: dict, shape=object):
-    """
-    What `keep` wrote there for this key, or None. If two keys share a file's name, the later one stays.
-
-    shape: what it must have, see `fitted`.
-    """
-    saved = json_of(path, what=KEPT) if path.is_file() else {}
-    if saved.get("key") != json.loads(json.dumps(key)):
-        return None
-    with reading(path, KEPT):
-        return fitted(saved["found"], shape)
+    """What `keep` wrote there for this key, or None. If two keys share a file's name, the later one stays."""
+    with reading(path, "a result that was kept here; delete it"):
+        saved = json_of(path) if path.is_file() else {}
+        return fitted(saved["found"], shape) if saved.get("key") == json.loads(json.dumps(key)) else None
 
 
 def keep(path: Path, key: dict, found):

@@ -225,8 +225,6 @@ CASES = {  # what it is: (how it is broken, the command, what the last line of s
         f"evaluate.py out/lora {EVALUATE}", "out/lora/vectors.safetensors"),
     "a vector at no module": (
         lambda: tensors(VECTORS, lambda t: t.update({"layers.1.self_attn.x_proj": torch.ones(32)})), RUN, "x_proj"),
-    "a vector for another module's width": (
-        lambda: tensors(VECTORS, lambda t: t.update({"layers.1.self_attn.k_proj": torch.ones(9)})), RUN, "k_proj"),
     "vectors for --init that are half": (lambda: cut(VECTORS), f"{TRAIN} --layer 1 --init out/run", VECTORS),
     "half of the vectors to export": (lambda: cut(VECTORS), "plumbing/export.py out/run --to gguf", VECTORS),
     # ---- the model's folder
@@ -261,7 +259,7 @@ CASES = {  # what it is: (how it is broken, the command, what the last line of s
     "a template that divides by zero": (lambda: put(TEMPLATE, "{{ 1 / 0 }}"), BASE, "model"),
     "a template that never ends": (
         lambda: put(TEMPLATE, "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"),
-        BASE, "takes more than 1 seconds"),
+        BASE, "it takes too long"),
     "a template without the question": (lambda: put(TEMPLATE, "hello"), BASE, "model"),
     "a template that wants parts": (
         lambda: put(TEMPLATE, "{% for m in messages %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endfor %}"),
@@ -289,14 +287,11 @@ CASES = {  # what it is: (how it is broken, the command, what the last line of s
     # ---- settings
     "--temperature nan": (lambda: None, f"{TRAIN} --temperature nan", "--temperature"),
     "--temperatures nan": (lambda: None, f"{BASE} --temperatures nan", "--temperatures"),
-    "--temperatures inf": (lambda: None, f"{BASE} --temperatures inf", "--temperatures"),
-    "--temperature inf": (lambda: None, "analyze.py sweep out/run --temperature inf", "--temperature"),
     "--rank 1000": (lambda: None, f"{TRAIN} --layer 1 --method lora --rank 1000", "--rank"),
     "--rank 1000 of TinyLoRA": (lambda: None, f"{TRAIN} --layer 1 --method tinylora --rank 1000", "--rank"),
     "--samples 1000000000": (lambda: None, f"{TRAIN} --samples 1000000000", "--samples"),
     "--samples of evaluate": (lambda: None, f"{BASE} --samples 1000000000 --temperatures 1", "--samples"),
     "--samples of analyze": (lambda: None, "analyze.py sweep out/run --samples 1000000000", "--samples"),
-    "--seeds -1": (lambda: None, f"{BASE} --seeds -1 --temperatures 1", "--seeds"),
     "--clip nan": (lambda: None, f"{TRAIN} --clip nan", "--clip"),
     "--device nonsense": (lambda: None, f"{BASE} --device nonsense", "--device"),
     "an unknown option": (lambda: None, f"{BASE} --nonsense 3", "--nonsense"),
@@ -464,8 +459,7 @@ def test_prompts_name_one_day(here):
     tokenizer = model.load("model")[1]
     prompt = tokenizer.decode(prompt_ids(tokenizer, "What?"))
     assert prompt.startswith("26 Jul 2024 2024-07-26 ")
-    assert json.loads(Path("out/new/config.json").read_text())["prompt_date"] == "2024-07-26"
-    assert "prompt_date" not in json.loads(Path("out/run/config.json").read_text())
+    assert json.loads(Path("out/new/config.json").read_text())["prompt_day"] == "2024-07-26"
 
 
 DROPS_SYSTEM = "{% for m in messages if m.role != 'system' %}<|im_start|>{{ m.content | trim }}<|im_end|>{% endfor %}"
