@@ -1197,7 +1197,8 @@ def cost(lab: Lab) -> dict:
     """What does training cost, and, if evaluate.py has measured it, what does it bring?"""
     found, table, columns = {}, [], {}
     for run in lab.runs:
-        if not (run.folder / "state.pt").is_file() or not (steps := lines_of(run.folder / "metrics.jsonl", {"seconds_update": float})):
+        steps = lines_of(run.folder / "metrics.jsonl", {"seconds_update": float, "seconds_sync": float})
+        if not (run.folder / "state.pt").is_file() or not steps:
             sys.exit(f"{run.folder} has no state.pt or metrics.jsonl of train.py; train it again, or leave it out")
         state = state_of(run.folder / "state.pt")["trained"]
         moments = [x for one in state.values() for name, x in one.items() if name != "value"]

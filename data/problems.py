@@ -11,6 +11,7 @@ import json
 import re
 import signal
 import sys
+import threading
 from datetime import date
 from functools import lru_cache, partial
 from pathlib import Path
@@ -94,7 +95,7 @@ def dated(chat_template: str) -> str:
 
 
 def prompt_checksum(source) -> str:
-    """What makes the prompts of a model, and its config.json; source: see source_of. Of a hub model the commit says it."""
+    """Of what makes a model's prompts, and of its config.json; of a hub model its commit says that. See source_of."""
     kinds, local = (".json", ".jinja", ".model", ".txt"), isinstance(source, Path) and source.is_dir()
     files = [path.read_bytes() for path in sorted(source.iterdir()) if path.suffix in kinds] if local else []
     return checksum(b"".join(files) + f"{MATH_PROMPT} {R1_PROMPT} {DAY}".encode())
@@ -113,14 +114,15 @@ def in_chat_template(tokenizer, problem: str, system: str) -> str:
     """
 
     def fail(why, *_):
-        sys.exit(f"the chat template of {tokenizer.name_or_path} makes no prompt ({why}); try --template qwen-math or r1")
+        sys.exit(f"the chat template of {tokenizer.name_or_path} makes no prompt ({why}); try --template r1")
 
     ask = partial(tokenizer.apply_chat_template, chat_template=dated(tokenizer.get_chat_template()), tokenize=False)
-    signal.signal(signal.SIGALRM, partial(fail, "it takes too long"))
+    if in_time := threading.current_thread() is threading.main_thread():  # no other thread can be stopped like this
+        signal.signal(signal.SIGALRM, partial(fail, "it takes too long"))
     user, why = {"role": "user", "content": problem}, "it leaves the problem out"
     together = [user | {"content": f"{system}\n\n{problem}".lstrip()}]
     for messages in ([{"role": "system", "content": system}, user] if system else together, together):
-        signal.alarm(PATIENCE)
+        signal.alarm(PATIENCE * in_time)
         try:
             text = ask(messages, add_generation_prompt=True)
             if problem.strip() in text and system.strip() in text:
