@@ -28,6 +28,7 @@ import analyze
 import evaluate
 import model
 import train
+from data import prepare
 from data import problems as problem_files
 from data.problems import prompt_ids
 from plumbing import export
@@ -43,7 +44,7 @@ def call(command: str):
     name, *given = shlex.split(command)
     if name == "plumbing/export.py":
         return tyro.cli(export.export, args=given)
-    module = {"train.py": train, "evaluate.py": evaluate, "analyze.py": analyze}[name]
+    module = {"train.py": train, "evaluate.py": evaluate, "analyze.py": analyze, "data/prepare.py": prepare}[name]
     return module.main(tyro.cli(module.Config, args=given))
 
 
@@ -282,6 +283,11 @@ CASES = {  # what it is: (how it is broken, the command, what the last line of s
     "--out of export below a file": (
         lambda: put("file", "x"), "plumbing/export.py out/run --to gguf --out file/x.gguf", "file"),
     "--out of export without rights": (lambda: None, "plumbing/export.py out/run --to peft --out /proc/x", "/proc/x"),
+    "out is a file": (lambda: (os.rename("out", "o"), put("out", "x")), f"{TRAIN} --layer 1", "out/model-layer1"),
+    "a raw file of binary": (problems(b"\xff\xfe"), f"data/prepare.py math500 --from {MINE} --out there", MINE),
+    "a raw file of deep nesting": (problems(DEEP), f"data/prepare.py math500 --from {MINE} --out there", MINE),
+    "--out of prepare below a file": (
+        problems({"problem": "a", "answer": "1"}), f"data/prepare.py math500 --from {MINE} --out {MINE}/x", MINE),
     "answers that are a file": (
         lambda: shutil.rmtree("out/answers") or put("out/answers", "x"), RUN, "out/answers"),
     # ---- settings
