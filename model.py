@@ -467,7 +467,8 @@ def logits(llm, h: torch.Tensor, exact=False, rows=16384, dtype=torch.float32) -
     else:
         x = h @ head.weight.T
         x = x if dtype is None else x.to(dtype)
-    x = (x if head.bias is None else x + head.bias.to(x.dtype)) * scale
+    x = x if head.bias is None else x + head.bias.to(x.dtype)
+    x = x if scale == 1 else x * scale
     x = x if cap is None else cap * torch.tanh(x / cap)
     return x.view(*shape, -1)
 

@@ -585,7 +585,8 @@ def finish(run: Run, vectors: dict) -> None:
         level = compare_with_base(run.subject, vectors, run.held_out, run.args.model, run.args.seed)
     plot_reward(history, level, run.out / "reward.png")
     own = f" --data {run.args.data}" if run.args.model not in FAMILY else ""
-    print(f"\nwrote {run.out}/ with reward.png; now: python evaluate.py {run.out}{own}")
+    print(f"\nmost memory in use: {memory.peak(run.subject.device) / 1e9:.1f} GB")
+    print(f"wrote {run.out}/ with reward.png; now: python evaluate.py {run.out}{own}")
 
 
 if __name__ == "__main__":

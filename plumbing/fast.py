@@ -233,14 +233,16 @@ class ChosenLogps(torch.autograd.Function):
         with torch.enable_grad():
             x = h.detach().requires_grad_()
             z = head(x)  # (rows, V), in the model's dtype
-        slope, logps = torch.empty_like(z), []
+        logps = []
         few = len(z) if z.is_cuda else max(1, (1 << 20) // z.shape[1])  # rows that stay in a CPU's cache
-        for part, token, out in zip(z.detach().split(few), y[:, None].split(few), slope.split(few)):
-            logp = (part.float() / temperature).log_softmax(-1)
+        for part, token in zip(z.detach().split(few), y[:, None].split(few)):
+            logp = part.float() if temperature == 1 else part.float() / temperature
+            logp = logp.log_softmax(-1)
             logps.append(logp.gather(-1, token))
             p = logp.exp_()
-            out.copy_(p.scatter_add_(-1, token, torch.full_like(logps[-1], -1.0)).div_(-temperature))
-        ctx.save_for_backward(*torch.autograd.grad(z, x, slope))
+            part.copy_(p.scatter_add_(-1, token, torch.full_like(logps[-1], -1.0)))  # z is read no more: now p - 1[y]
+        (slope,) = torch.autograd.grad(z, x, z.detach())
+        ctx.save_for_backward(slope / -temperature)
         return torch.cat(logps).flatten()
 
     @staticmethod
