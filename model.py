@@ -563,7 +563,8 @@ class Subject(Asking):
     def __post_init__(self):
         self.config = load_config(self.name)
         self.device, self.dtype = resolve(self.device, self.dtype, self.config)
-        self.context = min(self.context or 32768, self.config.max_position_embeddings)  # 32K: the papers'
+        longest = getattr(self.config, "max_position_embeddings", None) or 32768  # some families have no limit
+        self.context = min(self.context or 32768, longest)  # 32K: the papers'
         if self.max_tokens is None and self.name in FAMILY:
             self.max_tokens = 80
         self.wanted_weights = self.loaded_weights = self.name
@@ -622,6 +623,13 @@ class Subject(Asking):
                 self.started.push_weights(llm)
         return llm
 
+    def free(self) -> None:
+        """Let the model and the engine go, so that another one has room."""
+        if self.started is not None:
+            self.started.close()
+        self.started = None
+        vars(self).pop("loaded", None)
+
     @property
     def form(self) -> str:
         """Where the prompt asks for the answer, one of rewards.FORMS: r1 asks for a tag, the others for a box."""
@@ -632,10 +640,14 @@ class Subject(Asking):
         """Take the weights of another model of the same shape (a run's of --method full) when they are next needed."""
         self.wanted_weights = name
 
-    def prompt(self, row: dict, prefix="") -> list[int]:
-        """Token ids of a problem as it is asked here, and of the text that the answer is made to begin with."""
-        forced = self.tokenizer(prefix, add_special_tokens=False).input_ids if prefix else []
-        return prompt_ids(self.tokenizer, row["problem"], self.system, self.template) + forced
+    def begin(self, prefix: str | list[int]) -> list[int]:
+        """Token ids of what an answer is made to begin with: a text, or these very ids, which a text may not give."""
+        text = prefix and isinstance(prefix, str)
+        return self.tokenizer(prefix, add_special_tokens=False).input_ids if text else prefix
+
+    def prompt(self, row: dict, prefix: str | list[int] = "") -> list[int]:
+        """Token ids of a problem as it is asked here, and of what the answer is made to begin with."""
+        return [*prompt_ids(self.tokenizer, row["problem"], self.system, self.template), *self.begin(prefix)]
 
     def room(self, prompt: list[int], context: int | None = None) -> int:
         """Tokens that an answer may have. context: of these answers, default the subject's; max_tokens counts too."""
@@ -656,14 +668,14 @@ class Subject(Asking):
         return self.started
 
     def rollouts(
-        self, vectors: dict, rows: list[dict], k: int, temperature=1.0, seed: int | list[int] = 0, prefix="",
-        context: int | None = None, keep: int | None = None, bar="sampling",
+        self, vectors: dict, rows: list[dict], k: int, temperature=1.0, seed: int | list[int] = 0,
+        prefix: str | list[int] = "", context: int | None = None, keep: int | None = None, bar="sampling",
     ) -> Rollouts:  # fmt: skip
         """
         k answers to each problem, of the model with these vectors, {} for the base: by `sample` or by vLLM.
 
-        seed: as for `sample`. prefix: text that every answer is made to begin with. context: see `room`. keep: see
-        `sample`.
+        seed: as for `sample`. prefix: what every answer is made to begin with, see `begin`. context: see `room`. keep:
+        see `sample`.
         """
         if not rows:  # of several processes, some may have none
             return Rollouts([], [], [], [], None)
@@ -679,7 +691,8 @@ class Subject(Asking):
             how = temperature, seeds, self.rows, bar, keep
             with steer(llm, vectors):
                 completions, ended, *states = sample(llm, prompts, k, limits, stop, *how)
-        texts = [prefix + text for text in self.tokenizer.batch_decode(completions, skip_special_tokens=True)]
+        whole = [[*self.begin(prefix), *c] for c in completions]  # in one: SentencePiece drops a text's first space
+        texts = self.tokenizer.batch_decode(whole, skip_special_tokens=True)
         return Rollouts([p for p in prompts for _ in range(k)], completions, ended, texts, logps, *states)
 
 

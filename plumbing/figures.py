@@ -283,9 +283,10 @@ FORMS = {form.__name__: form for form in (lines, dots, bars, heat, boxes, tokens
 
 def lens(found: dict) -> dict:
     tables, kind = found["vectors"], "cosine"
-    if len(tables) == 1:  # one vector: its four lists, one below the other
+    if len(tables) == 1:  # one vector: its lists, one below the other
         ((label, lists),) = tables.items()
-        tables = {name: {kind: lists[name]} for name in ("cosine", "dot", "dot, gain folded in", "lowest dot")}
+        names = ("cosine", "dot", "dot, gain folded in", "lowest cosine", "lowest dot")
+        tables = {name: {kind: lists[name]} for name in names}
         title, ylabel = f"Which tokens does the vector at layer {label} point at?", "ordered by"
     else:
         title, ylabel = "Which tokens do the vectors point at?", "layer of the vector (0-based)"
