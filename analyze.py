@@ -348,8 +348,9 @@ def log_probs(llm, *several: torch.Tensor, chunk=512) -> Iterator[tuple[torch.Te
 def other_dtype(llm):
     """A copy in another dtype, to measure rounding: bf16 for an fp32 model, else fp32."""
     other = copy.deepcopy(llm)
-    for p in other.parameters():  # not llm.to, which would round the rotary frequencies, too
-        p.data = p.data.to(torch.bfloat16 if llm.dtype == torch.float32 else torch.float32)
+    for name, p in [*other.named_parameters(), *other.named_buffers()]:
+        if p.is_floating_point() and "inv_freq" not in name:  # not llm.to, which would round rotary frequencies, too
+            p.data = p.data.to(torch.bfloat16 if llm.dtype == torch.float32 else torch.float32)
     return other
 
 
@@ -395,9 +396,13 @@ def read_out(s: torch.Tensor, U: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
 
 
 def folded(llm, U: torch.Tensor) -> torch.Tensor:
-    """Rows of the unembedding times the gain g of the final norm, u_v * g. The norm maps (1, ..., 1) to g. (V, D)"""
-    norm = llm.get_decoder().norm
-    return U.float() * norm(torch.ones_like(U[:1])).float()
+    """Rows of the unembedding times the gain g of the final norm, u_v * g. (V, D)"""
+    norms = [module for module in llm.get_decoder().children() if "norm" in type(module).__name__.lower()]
+    if not norms:
+        sys.exit(f"lens: models of the type {llm.config.model_type} have no final norm, whose gain it folds in")
+    x = torch.ones_like(U[:1], dtype=llm.dtype)
+    x[:, ::2] = -1  # of mean 0 and size 1: any kind of norm maps it to x g, perhaps plus a bias
+    return U.float() * (x * (norms[-1](x) - norms[-1](-x)) / 2).float()
 
 
 @analysis("P4 Table 8, B Table 2", n=None)
@@ -1097,7 +1102,7 @@ def patterns(llm, prompt: list[int], answer: list[int], queries, reduce=lambda l
         found[layer] = reduce(layer, output[1][0, :, queries].float())
 
     blocks = enumerate(model.decoder_layers(llm))
-    with eager(llm), model.hooks([(block.self_attn, partial(see, layer)) for layer, block in blocks]):
+    with eager(llm), model.hooks([(block.self_attn, partial(see, layer)) for layer, block in blocks], True):
         model.read(llm, [prompt], [answer])
     return found
 
@@ -1142,6 +1147,8 @@ def first_seen(place) -> int:
 def attention(lab: Lab) -> dict:
     """Does it change where the model looks? KL of attention patterns, steered against base."""
     (run,) = lab.runs
+    if not all(hasattr(block, "self_attn") for block in model.decoder_layers(lab.llm)):
+        sys.exit(f"attention: not every layer of a {lab.llm.config.model_type} model has a module self_attn")
     texts = lab.answered(run.vectors, "steered")[:2]
     found = lab.once("attention", run.vectors, lambda: attention_kl(lab.llm, run.vectors, *texts, seed=lab.args.seed))
     each = {name: torch.tensor(x) for name, x in found.items()}  # (N, L, H)

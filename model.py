@@ -75,7 +75,23 @@ def load(name: str = "tiny", device: str = "auto", dtype: str = "auto"):
         llm = llm.to(device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch's for a device that is not there
         sys.exit(f"--device {device}: {(str(error).strip() or repr(error)).splitlines()[0]}")
-    return llm.eval().requires_grad_(False), tokenizer
+    check_family(llm.eval().requires_grad_(False))
+    return llm, tokenizer
+
+
+@torch.no_grad()
+def check_family(llm) -> None:
+    """Exit with one line for a model that cannot be steered or sampled from here, or whose head `logits` is not."""
+    kind = llm.config.model_type
+    decoder_layers(llm)
+    if "recurrent" in getattr(llm.config, "layers_block_type", ()):  # RecurrentGemma
+        sys.exit(f"models of the type {kind} keep their states inside of layers, where the padding of a batch enters")
+    if kind not in SITES_OF:  # of these the tests know the head
+        h, before = read(llm, [[0]], [[1, 2]])
+        ids = torch.tensor([[0, 1, 2]], device=llm.device)
+        ours, theirs = logits(llm, h), llm(input_ids=ids, use_cache=False).logits
+        if (ours - theirs).abs().max() > (1e-3 if llm.dtype == torch.float32 else 0.05) * theirs.float().std():
+            sys.exit(f"models of the type {kind} scale their logits in a way that is not known here")
 
 
 def load_config(name: str):
@@ -132,7 +148,11 @@ def stop_ids(llm, tokenizer) -> list[int]:
 
 def decoder_layers(llm):
     """The decoder layers of a Hugging Face causal LM, a ModuleList; index l is the paper's layer l."""
-    return llm.get_decoder().layers
+    lists = [part for part in llm.get_decoder().children() if isinstance(part, torch.nn.ModuleList)]
+    found = [part for part in lists if len(part) == llm.config.get_text_config().num_hidden_layers]
+    if not found:  # most models call them layers, GPT-2 h, MPT blocks
+        sys.exit(f"models of the type {llm.config.model_type} have no list of decoder layers to steer")
+    return found[0]
 
 
 # -------------------------------------------------------------------------------------------------------- the vectors
@@ -203,15 +223,23 @@ def site_module(llm, place):
 
 
 @contextmanager
-def hooks(pairs):
+def hooks(pairs, whole=False):
     """
     Inside the context, every function of [(module, function), ...] is a forward hook of its module.
 
-    function(module, args, output) returns what takes the place of the output, or None.
+    function(module, args, output) returns what takes the place of the output, or None. Some families' layers return a
+    tuple: without `whole` its first entry, the states, stands for it.
     """
+
+    def hook(function, module, args, output):
+        if whole or not isinstance(output, tuple):
+            return function(module, args, output)
+        h = function(module, args, output[0])
+        return None if h is None else (h, *output[1:])
+
     with ExitStack() as handles:  # removes them on errors too, or the next call in a notebook is silently steered
         for module, function in pairs:
-            handles.enter_context(module.register_forward_hook(function))
+            handles.enter_context(module.register_forward_hook(partial(hook, function)))
         yield
 
 
@@ -300,8 +328,8 @@ def sample(
     in (up to rounding).
     max_rows: rows decoded at once, fewer if memory is short, but all k of a prompt. bar: what the progress bar says.
     Returns N*k completions as token ids, prompt by prompt, and for each whether it ended by itself.
-    keep: a layer; a third list has the states that enter it, for every completion those of its prompt (P, D) and of its
-    tokens but the last (C - 1, D).
+    keep: a layer; a third list has the states that enter it, if they can be had, for every completion those of its
+    prompt (P, D) and of its tokens but the last (C - 1, D).
     Faster than `generate`: a prompt is read once for its k samples, and finished rows leave the batch.
     """
     limits = max_tokens if isinstance(max_tokens, list) else [max_tokens] * len(prompts)
@@ -311,21 +339,26 @@ def sample(
     row *= max(map(len, prompts)) + max(limits)  # should its answer be as long as it may
     max_rows = min(max_rows, int(0.7 * memory.free(llm.device) / row))
     completions, states, entering, n = [], [], [], max(1, max_rows // k)  # entering: in each forward pass of a batch
-    see = [] if keep is None else [(decoder_layers(llm)[keep], lambda module, args, output: entering.append(args[0]))]
+
+    def see(module, args, output):
+        if not isinstance(output, tuple):  # layers that return tuples are not skipped later, so nothing is kept
+            entering.append(args[0])
+
+    seen = [] if keep is None else [(decoder_layers(llm)[keep], see)]
     bar = Bar(total=len(prompts) * k, desc=bar, unit="answers")
     try:
         for i in range(0, len(prompts), n):
             batch, bar.later = slice(i, i + n), k * sum(limits[i + n :])
-            with hooks(see):
+            with hooks(seen, whole=True):
                 rows, fed = _decode(llm, prompts[batch], k, limits[batch], stop, temperature, seeds[batch], bar)
             completions += rows
-            if keep is not None:
+            if entering:
                 states += fast.states_by_row(prompts[batch], rows, fed, entering)
     finally:
         bar.close()
         llm.answer_positions = None  # after Ctrl-C, too: nothing else may take them for its own
     found = completions, [row[-1] in stop for row in completions]
-    return found if keep is None else (*found, states)
+    return (*found, states) if states else found
 
 
 def _decode(llm, prompts, k, limits, stop, temperature, seeds, bar):
@@ -484,7 +517,7 @@ def token_logps(llm, prompts: list, completions: list, temperature=1.0, chunk=No
     """
     layer, kept = states or (0, None)
     if share:
-        h = fast.read_together(llm, prompts, completions, layer, kept)
+        h = fast.read_together(llm, decoder_layers(llm), prompts, completions, layer, kept)
     else:  # of the last token no state is known, and none is needed
         given = kept and pad_sequence([torch.cat([*parts, parts[0][:1]]) for parts in kept], batch_first=True)
         with fast.starting_at(decoder_layers(llm), layer, given):
