@@ -411,13 +411,13 @@ def scaled(vectors: dict, strength: float) -> dict:
 def main(args: Config) -> dict | None:
     """Returns {(benchmark, temperature): {"base": summary, "steered": summary, "difference": ...}} or `checkpoints`."""
     check_measuring(args)
-    run = config_of(args.run) if args.run else {}
-    run |= {"model": args.model or run["model"]}
+    run = config_of(args.run) if args.run else {"model": args.model}
     full, (strength, *_) = run.get("method") == "full", args.strength
     if full and (args.tensor_parallel > 1 or args.strength != (1.0,) or args.model):
         why = "--strength and --model want vectors, and --tensor-parallel wants 1"
         sys.exit(f"{args.run} trained all weights: {why}")
     sets = sets_of(args, run) if args.ask is None else []
+    run |= {"model": args.model or run["model"]}
     vectors, meta = vectors_of(args.run, run, other=bool(args.model)) if args.run else ({}, {})
     # beside the run, where train.py and analyze.py look, too
     folder = home_of(args.run or "out/base").parent / "answers"
