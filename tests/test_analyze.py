@@ -896,8 +896,8 @@ def test_prefix_forces_the_very_token(runs, tmp_path, monkeypatch, tokenizer):
     for found in forced:
         for prompt, completion, text in zip(found.prompts, found.completions, found.texts):
             assert prompt[-1] == part and text == tokenizer.decode([part, *completion], skip_special_tokens=True)
-    go("prefix", runs["a"], out=str(tmp_path), token="To")  # a text of one's own
-    assert [found.prompts[0][-1:] for prefix, found in asked if prefix == "To"] == [tokenizer("To").input_ids] * 2
+    go("prefix", runs["a"], out=str(tmp_path), token="So")  # a text of one's own
+    assert [found.prompts[0][-1:] for prefix, found in asked if prefix == "So"] == [tokenizer("So").input_ids] * 2
 
 
 def test_report(runs, tmp_path):
