@@ -269,8 +269,16 @@ def test_analyses_through_the_engine(one_engine, tiny, tmp_path):
     assert len(list((tmp_path / "answers").iterdir())) == 2
 
 
+EAGER = """
+from functools import partial
+import analyze, model, tyro
+model.VLLM = partial(model.VLLM, eager=True)  # compiles nothing, so that engines start sooner
+analyze.main(tyro.cli(analyze.Config))
+"""
+
+
 def test_transfer_through_an_engine_for_each_model(tiny, tmp_path):
-    """The command itself: two engines in one process, one after the other; greedy accuracies as by Hugging Face."""
+    """The command: two engines in one process, one after the other; greedy accuracies as by Hugging Face."""
     run = tmp_path / "out" / "run"
     run.mkdir(parents=True)
     settings = {"model": "tiny", "layer": "20", "max_tokens": 40, "held_out": "data/tiny/test.jsonl"}
@@ -285,7 +293,7 @@ def test_transfer_through_an_engine_for_each_model(tiny, tmp_path):
     for sampler in ("hf", "vllm"):
         command = ["transfer", str(run), "--recipients", "tiny", str(other), "--sampler", sampler, "--n", "20"]
         command += ["--temperature", "0", "--device", "cpu", "--vllm-memory", "0.05", "--out", str(tmp_path / sampler)]
-        done = subprocess.run([sys.executable, "analyze.py", *command], cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-c", EAGER, *command], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
         assert done.stdout.count("vLLM agrees with Hugging Face") == 2 * (sampler == "vllm")
         saved = json.loads((tmp_path / sampler / "transfer.json").read_text())
