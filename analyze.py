@@ -244,8 +244,7 @@ def open_lab(args: Config) -> Lab:
         if not args.benchmarks and file is None:
             sys.exit("the run was trained on --data without --held-out: give the problems to use with --data FILE")
         sets = benchmarks(args.benchmarks) if args.benchmarks else [problems_of(file)]
-        if args.data and not wanted.accuracies:
-            sets = [drawn(problems, args.seed) for problems in sets]
+        sets = [drawn(one, args.seed) for one in sets] if args.data and not wanted.accuracies else sets
     n = args.n or (None if args.benchmarks and wanted.accuracies else wanted.n)
     room = {}  # the largest tensor at every place: vLLM makes room for the LoRA of the highest rank
     for place, s in (item for run in runs for item in run.vectors.items()):

@@ -414,13 +414,11 @@ def main(args: Config) -> dict | None:
     run = config_of(args.run) if args.run else {"model": args.model}
     full, (strength, *_) = run.get("method") == "full", args.strength
     if full and (args.tensor_parallel > 1 or args.strength != (1.0,) or args.model):
-        why = "--strength and --model want vectors, and --tensor-parallel wants 1"
-        sys.exit(f"{args.run} trained all weights: {why}")
+        sys.exit(f"{args.run} trained all weights: --strength and --model want vectors, --tensor-parallel wants 1")
     sets = sets_of(args, run) if args.ask is None else []
     run |= {"model": args.model or run["model"]}
     vectors, meta = vectors_of(args.run, run, other=bool(args.model)) if args.run else ({}, {})
-    # beside the run, where train.py and analyze.py look, too
-    folder = home_of(args.run or "out/base").parent / "answers"
+    folder = home_of(args.run or "out/base").parent / "answers"  # where train.py and analyze.py look, too
     subject, found = Subject.of_run(run, args, holds=vectors, folder=folder), {}
     if args.ask is not None:
         return ask(subject, [scaled(vectors, x) for x in args.strength], run, args)

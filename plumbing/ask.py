@@ -25,10 +25,13 @@ def speak(models: list[tuple], tokenizer, prompt, limit: int, stop: list[int], t
     ids, shown, changed = [], "", False
     while len(ids) < limit and not (ids and ids[-1] in stop):
         given, found = torch.tensor([ids[-1:] or prompt]), []
+        mask = torch.ones(1, len(prompt) + len(ids), dtype=torch.long)
+        positions = (mask.cumsum(1) - 1)[:, -given.shape[1] :]  # given, because not every family counts them right
         for (llm, vectors), cache in zip(models, caches):
             llm.answer_positions = (torch.arange(given.shape[1], device=llm.device) == given.shape[1] - 1)[None]
             with model.steer(llm, vectors):
                 how = dict(input_ids=given.to(llm.device), past_key_values=cache, use_cache=True)
+                how |= dict(attention_mask=mask.to(llm.device), position_ids=positions.to(llm.device))
                 h = llm.get_decoder()(**how).last_hidden_state[:, -1]
             llm.answer_positions = None
             found += model.pick(model.logits(llm, h, dtype=None), temperature, noise[len(ids)].to(h.device)).tolist()

@@ -24,6 +24,7 @@ import analyze  # noqa: E402
 import evaluate  # noqa: E402
 import model  # noqa: E402
 import train  # noqa: E402
+from plumbing import ask  # noqa: E402
 from plumbing.export import AS_LLAMA, export  # noqa: E402
 from plumbing.vllm import VLLM_MODELS  # noqa: E402
 
@@ -216,6 +217,16 @@ class Family:
             return evaluate.main(evaluate.Config(run=str(self.folder / "end"), **how))
         return evaluate.main(evaluate.Config(model=f"random/{self.kind}", out=str(self.folder), **how))
 
+    def asked(self):
+        """--ask decodes on its own: what it writes is the greedy answer."""
+        subject = model.Subject(name=f"random/{self.kind}", device="cpu", max_tokens=6)
+        (row,), spoken, speak = [{"problem": "Start with 5, add 3."}], [], ask.speak
+        how = dict(ask=(row["problem"],), max_tokens=6, device="cpu", sampler="hf", base=False)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ask, "speak", lambda *given: spoken.append(speak(*given)))
+            evaluate.main(evaluate.Config(run=str(self.folder / "low"), **how))
+        assert spoken == subject.rollouts({0: self.vector()}, [row], 1, 0.0).completions
+
     def analysed(self, name: str):
         how = dict(data=str(self.data), n=2, max_tokens=6, device="cpu", sampler="hf")
         return analyze.main(analyze.Config(name, (str(self.folder / "low"),), **how))
@@ -260,6 +271,7 @@ def row_of(kind: str, folder: Path, patch) -> tuple[list[str], list[str]]:
     if trains:
         check_gradient(family.llm, subject, s)
         family.low()
+        assert works(family.asked)
         reads = [name for name in READ if works(partial(family.analysed, name))]
         # that for vLLM links the weights' files, which are not there; tests/test_export.py has it
         formats = [to for to in ("peft", "gguf", "transformers") if works(partial(family.exported, to))]
