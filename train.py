@@ -436,7 +436,8 @@ def open_run(args: Config) -> Run:
         sys.exit(f"--prompts {args.prompts}: the data has only {len(problems.rows)} problems")
     args = replace(args, device=processes.join_processes(args.device, args.prompts))
     subject = Subject.of_run({"model": args.model}, replace(args, context=None))
-    layers = parse_layers(args.layer, subject.depth)  # exits for a bad --layer before the model is loaded
+    # exits for a bad --layer before the model is loaded
+    layers = [] if args.method == "full" else parse_layers(args.layer, subject.depth)
     args = replace(args, layer="all") if len(layers) == subject.depth > 1 else args
     args = replace(args, context=min(args.context, subject.context))
     lowest, shared = -1 if args.method == "full" else min(layers), processes.world()[1]

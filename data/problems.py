@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from jinja2.exceptions import TemplateError
 
-from plumbing.files import ROOT, checksum
+from plumbing.files import FAMILY, ROOT, TINY, checksum
 
 PAPERS = ["aime24", "aime25", "amc23", "math500", "minerva", "olympiad"]  # P4's six benchmarks; Avg is their mean
 
@@ -71,6 +71,19 @@ def benchmarks(names: tuple[str, ...]) -> list[Problems]:
     if missing := [name for name, path in zip(names, files) if not path.is_file()]:
         sys.exit(f"no problems of {', '.join(missing)}: run `python data/prepare.py {' '.join(missing)}`")
     return [problems_of(path) for path in files]
+
+
+def sets_of(args, run: dict) -> list[Problems]:
+    """The problems that evaluate.py's settings ask for, of a run with this config."""
+    usual = run["model"] in FAMILY and run.get("data") in (None, "data/tiny/train.jsonl")
+    own = TINY / "test.jsonl" if usual else None
+    if args.benchmarks:
+        sets = benchmarks(args.benchmarks)
+    elif (file := args.data or run.get("held_out") or own) is None:
+        sys.exit("--benchmarks NAME... or --data FILE is needed: the run has no held-out problems")
+    else:
+        sets = [problems_of(file)]
+    return [problems.first(args.problems) for problems in sets]
 
 
 def template_of(tokenizer, template: str | None = None) -> str:

@@ -176,14 +176,16 @@ def states_by_row(prompts, completions, fed, entering) -> list[tuple[torch.Tenso
     """
     The states of a batch's forward passes, row by row: of the prompt (P, D) and of the completion's tokens (C - 1, D).
 
-    fed: the rows that were in each pass after the prompts'. entering: (N, P, D), then (rows, 1, D) each; is emptied.
+    fed: the rows that were in each pass after the prompts'. entering: (N, P, D), or (B, P, D) where every row reads its
+    prompt for itself, then (rows, 1, D) each; is emptied.
     """
     first, k = entering[0], len(completions) // len(prompts)
+    first = first.repeat_interleave(len(completions) // len(first), 0)
     later = first.new_zeros(len(completions), len(fed), first.shape[-1])
     for t, (rows, h) in enumerate(zip(fed, entering[1:])):
         later[rows, t] = h[:, 0]
     entering.clear()
-    return [(first[i // k, -len(prompts[i // k]) :], later[i, : len(c) - 1]) for i, c in enumerate(completions)]
+    return [(first[i, -len(prompts[i // k]) :], later[i, : len(c) - 1]) for i, c in enumerate(completions)]
 
 
 @contextmanager
@@ -192,7 +194,7 @@ def starting_at(blocks, layer: int, h: torch.Tensor | None):
     if h is None:
         yield
         return
-    handle = blocks[layer].register_forward_pre_hook(lambda module, args: (h,))
+    handle = blocks[layer].register_forward_pre_hook(lambda module, args: (h, *args[1:]))
     for block in blocks[:layer]:
         block.forward = lambda x, *args, **how: x
     try:
@@ -251,16 +253,17 @@ class ChosenLogps(torch.autograd.Function):
         return (grad[:, None] * gradient).to(gradient.dtype), None, None, None
 
 
-def read_together(llm, prompts, completions, layer=0, kept: list | None = None) -> torch.Tensor:
+def read_together(llm, blocks, prompts, completions, layer=0, kept: list | None = None) -> torch.Tensor:
     """
     As `read`, but a prompt is run once for all of its completions: the states that predict their tokens, row by row.
 
-    Gradients flow through the prompt's keys and values. kept: of every row the states that enter `layer`, see `sample`.
+    Gradients flow through the prompt's keys and values. blocks: the decoder layers. kept: of every row the states that
+    enter `layer`, see `sample`.
     """
     texts = list(dict.fromkeys(map(tuple, prompts)))  # N of them, each once
     owner = [texts.index(tuple(p)) for p in prompts]
     C = max(2, *map(len, completions)) - 1  # after the last token nothing is predicted
-    cache, blocks = DynamicCache(), llm.get_decoder().layers
+    cache = DynamicCache()
     ids, mask, positions = left_padded(texts, llm.device)
     later = torch.tensor([(c[:-1] + [0] * C)[:C] for c in completions], device=llm.device)  # (B, C)
     given = later_given = None
