@@ -41,11 +41,24 @@ from torch.nn.functional import normalize
 import model
 from data.paper import report
 from data.problems import Problems, benchmarks, problems_of, prompt_ids
-from evaluate import Estimate, answers, grader, markdown, vectors_of
+from evaluate import Estimate, answers, vectors_of
 from model import Subject
 from plumbing.bars import Bar, waiting
 from plumbing.figures import draw, piece, quoted, spread
-from plumbing.files import checksum, config_of, identity, json_of, keep, kept, lines_of, one_line, write
+from plumbing.files import (
+    checksum,
+    config_of,
+    grader,
+    home_of,
+    identity,
+    json_of,
+    keep,
+    kept,
+    lines_of,
+    markdown,
+    one_line,
+    write,
+)
 from plumbing.processes import state_of
 from plumbing.settings import CHANGE_NO_NUMBER, Usual, at_least, check_seed, flag, label_of, own_first
 from rewards import grade
@@ -59,11 +72,11 @@ class Config(model.Asking):
     n: Usual[int] = None                   # use the first N problems; default 100 (case: 4; with --benchmarks: all)
     benchmarks: tuple[str, ...] = ()       # names of data/NAME.jsonl, or all: the papers' six; answers: of the first
     seeds: tuple[int, ...] = ()            # for accuracies; default --seed; with --benchmarks 0 1 2 as in evaluate.py
-    data: Usual[str] = None                # jsonl of {problem, answer} instead; default the run's held-out problems
+    data: Usual[str] = None                # jsonl of {problem, answer}: N drawn by --seed for answers that are read
     samples: Usual[int] = None             # answers to each problem at T > 0; default what the file says, or 1
     temperature: float = 1.0               # of answers and accuracies; sweep and prefix always use T = 1 and greedy
     seed: int = 0                          # for the answers that are read, and for random vectors
-    token: Usual[str] = None               # prefix: the first token; default the one that shift finds at position 0
+    token: Usual[str] = None               # prefix: this text instead of the token that shift finds at position 0
     recipients: tuple[str, ...] = ()       # transfer: models that get the runs' vectors
     controls: bool = False                 # sweep, prefix: also random and misplaced vectors; compose: half vectors
     through_norm: bool = True              # patch: heads see LN(X + s), as the authors' code; no: LN(X) + s, as in P4
@@ -114,6 +127,12 @@ class Run(NamedTuple):
     label: str  # "27", "all", "26, attention": see settings.label_of
     full = property(lambda run: run.config.get("method") == "full")
     places = property(lambda run: ", ".join(map(str, run.vectors)))
+
+    @property
+    def name(self) -> str:
+        """ "tiny-layer27"; of a checkpoint "tiny-layer27/00040"."""
+        home = home_of(self.folder)
+        return home.name if home == self.folder else f"{home.name}/{self.folder.name}"
 
     @property
     def stamp(self) -> str:
@@ -224,6 +243,13 @@ def open_runs(args: Config) -> list[Run]:
     return runs
 
 
+def drawn(problems: Problems, seed: int) -> Problems:
+    """The problems in a random order, as the authors draw texts: that of shuffle(seed) of the package datasets."""
+    rows = [problems.rows[i] for i in np.random.default_rng(seed).permutation(len(problems.rows))]
+    name, order = f"{problems.name}-drawn{seed}", checksum(f"{problems.checksum} {seed}".encode())
+    return problems._replace(name=name, rows=rows, checksum=order)
+
+
 def open_lab(args: Config) -> Lab:
     runs = open_runs(args)
     first, wanted = runs[0].config, ANALYSES[args.name]
@@ -232,20 +258,26 @@ def open_lab(args: Config) -> Lab:
         if not args.benchmarks and file is None:
             sys.exit("the run was trained on --data without --held-out: give the problems to use with --data FILE")
         sets = benchmarks(args.benchmarks) if args.benchmarks else [problems_of(file)]
+        sets = [drawn(one, args.seed) for one in sets] if args.data and not wanted.accuracies else sets
     n = args.n or (None if args.benchmarks and wanted.accuracies else wanted.n)
     room = {}  # the largest tensor at every place: vLLM makes room for the LoRA of the highest rank
     for place, s in (item for run in runs for item in run.vectors.items()):
         room[place] = max(s, room.get(place, s), key=torch.numel)
-    how = {"holds": room, "folder": Path(args.runs[0]).parent / "answers"}
+    how = {"holds": room, "folder": home_of(args.runs[0]).parent / "answers"}
     like = {run.config["model"]: run.config for run in reversed(runs)}
     recipients = [Subject.of_run(like.get(name, first), args, name=name, **how) for name in args.recipients]
     subject = Subject.of_run(first, args, **how)
-    if args.sample_heads or args.name in ("transfer", "attention"):
+    if args.sample_heads or args.name == "attention":
         if args.sampler == "vllm":
             sys.exit(f"--sampler vllm: {args.name} samples with the Hugging Face model here; leave --sampler out")
-        for one in (subject, *recipients):  # vLLM cannot use hooks, and several engines or models do not fit
-            one.sampler = "hf"
+        subject.sampler = "hf"  # vLLM cannot use hooks, and an engine beside a copy of the model does not fit
     return Lab(args, subject, runs, [problems.first(n) for problems in sets], recipients)
+
+
+def labels_of(runs: list[Run]) -> list[str]:
+    """What tells the runs apart in a table: their labels, or where several have the same their folders."""
+    times = Counter(run.label for run in runs)
+    return [run.label if times[run.label] == 1 else run.name for run in runs]
 
 
 def layer_vectors(lab: Lab, runs: list[Run] | None = None) -> dict[int, Run]:
@@ -329,8 +361,9 @@ def log_probs(llm, *several: torch.Tensor, chunk=512) -> Iterator[tuple[torch.Te
 def other_dtype(llm):
     """A copy in another dtype, to measure rounding: bf16 for an fp32 model, else fp32."""
     other = copy.deepcopy(llm)
-    for p in other.parameters():  # not llm.to, which would round the rotary frequencies, too
-        p.data = p.data.to(torch.bfloat16 if llm.dtype == torch.float32 else torch.float32)
+    for name, p in [*other.named_parameters(), *other.named_buffers()]:
+        if p.is_floating_point() and "inv_freq" not in name:  # not llm.to, which would round rotary frequencies, too
+            p.data = p.data.to(torch.bfloat16 if llm.dtype == torch.float32 else torch.float32)
     return other
 
 
@@ -376,9 +409,13 @@ def read_out(s: torch.Tensor, U: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
 
 
 def folded(llm, U: torch.Tensor) -> torch.Tensor:
-    """Rows of the unembedding times the gain g of the final norm, u_v * g. The norm maps (1, ..., 1) to g. (V, D)"""
-    norm = llm.get_decoder().norm
-    return U.float() * norm(torch.ones_like(U[:1])).float()
+    """Rows of the unembedding times the gain g of the final norm, u_v * g. (V, D)"""
+    norms = [module for module in llm.get_decoder().children() if "norm" in type(module).__name__.lower()]
+    if not norms:
+        sys.exit(f"lens: models of the type {llm.config.model_type} have no final norm, whose gain it folds in")
+    x = torch.ones_like(U[:1], dtype=llm.dtype)
+    x[:, ::2] = -1  # of mean 0 and size 1: any kind of norm maps it to x g, perhaps plus a bias
+    return U.float() * (x * (norms[-1](x) - norms[-1](-x)) / 2).float()
 
 
 @analysis("P4 Table 8, B Table 2", n=None)
@@ -391,15 +428,16 @@ def lens(lab: Lab) -> dict:
     dots = noise.to(U.device) @ U.T  # (200, V)
     chance_dot, chance = (x.amax(1).quantile(0.95).item() for x in (dots, dots / U.norm(dim=-1).clamp(min=1e-12)))
     found, table = {}, []
-    for run in lab.runs:
+    for run, name in zip(lab.runs, labels_of(lab.runs)):
         for place, s in run.vectors.items():
             if model.split(place).site not in (*model.SITES, *model.ON_THE_STREAM):
                 sys.exit(f"lens wants vectors as wide as the residual stream; {run.folder} has one at {place}")
-            label = run.label + f": {place}" * (len(run.vectors) > 1) if len(lab.runs) > 1 else str(place)
+            label = name + f": {place}" * (len(run.vectors) > 1) if len(lab.runs) > 1 else str(place)
             plain, behind_norm = (read_out(s.to(U.device), rows) for rows in (U, gained))  # (dot products, cosines)
             found[label] = {"chance dot": chance_dot * s.norm().item()}
             for kind, by, (dot, cosine) in (
                 ("cosine", plain[1], plain),
+                ("lowest cosine", -plain[1], plain),
                 ("dot", plain[0], plain),
                 ("lowest dot", -plain[0], plain),
                 ("dot, gain folded in", behind_norm[0], behind_norm),
@@ -411,10 +449,11 @@ def lens(lab: Lab) -> dict:
                     table.append([label, kind, str(i), quoted(token), f"{x:.3g}", f"{y:.2f}"])
     best = max(found, key=lambda label: found[label]["cosine"][0][2])
     (by_cosine, _, cosine), (by_dot, dot, _) = found[best]["cosine"][0], found[best]["dot"][0]
-    down, lowest, _ = found[best]["lowest dot"][0]
+    (away, _, least), (down, lowest, _) = found[best]["lowest cosine"][0], found[best]["lowest dot"][0]
     reading = (
-        f"Layer {best}: the largest cosine is {cosine:.2f} with {quoted(by_cosine)}, the largest dot product {dot:.3g} "
-        f"with {quoted(by_dot)}, the lowest {lowest:.3g} with {quoted(down)}. Of random directions 95 % stay below "
+        f"Layer {best}: the largest cosine is {cosine:.2f} with {quoted(by_cosine)}, the lowest {least:.2f} with "
+        f"{quoted(away)}; the largest dot product is {dot:.3g} with {quoted(by_dot)}, the lowest {lowest:.3g} with "
+        f"{quoted(down)}. Of random directions 95 % stay below "
         f"{chance:.2f} and {found[best]['chance dot']:.3g}, upwards and downwards alike. Reading is not steering: a "
         "vector may steer where the lens shows nothing, and what it shows need not be what steers."
     )
@@ -463,8 +502,8 @@ def shift(lab: Lab, tokens: int = 5, positions: int = 60) -> dict:
     """
     Which probabilities does it raise, and where? Each position counts for one token, as in the authors' code.
 
-    The papers used 1,000 random prompts. `analyze.py shift RUN --data data/deepscaler.jsonl --n 1000` reads the first
-    1,000 of the same data (P4 Fig. 4), and `--data data/open-s1.jsonl` those of Fig. 13.
+    The papers used 1,000 random prompts. `analyze.py shift RUN --data data/deepscaler.jsonl --n 1000` draws as many of
+    the same data (P4 Fig. 4), and `--data data/open-s1.jsonl` those of Fig. 13.
     """
     (run,) = lab.runs
     largest, answers_read, [(first, times), *_] = shifts_of(lab, run)
@@ -495,8 +534,11 @@ def shift(lab: Lab, tokens: int = 5, positions: int = 60) -> dict:
 def prefix(lab: Lab) -> dict:
     """How much of the vector is its first token?"""
     (run,) = lab.runs
-    token = lab.args.token or piece(lab.tokenizer, shifts_of(lab, run)[2][0][0])  # what gains most at position 0
-    conditions = {"base": ({}, ""), f"base + {quoted(token)}": ({}, token), "vector": (run.vectors, "")}
+    token, forced = lab.args.token, lab.args.token  # a text of yours, or the very token that gains most at position 0
+    if token is None:
+        forced = [shifts_of(lab, run)[2][0][0]]  # as an id: the text of a part of a character would give other tokens
+        token = piece(lab.tokenizer, *forced)
+    conditions = {"base": ({}, ""), f"base + {quoted(token)}": ({}, forced), "vector": (run.vectors, "")}
     if lab.args.controls:
         conditions["random vector"] = ({p: random_like(s, lab.args.seed, p) for p, s in run.vectors.items()}, "")
         conditions["vector, half the depth away"] = (moved(run.vectors, lab.depth), "")
@@ -668,8 +710,7 @@ def compose(lab: Lab) -> dict:
 @analysis("P4 Fig. 10, P1 Fig. 8", takes=("lora",), accuracies=True)
 def sites(lab: Lab) -> dict:
     """Where in a layer does a vector work?"""
-    times = Counter(run.label for run in lab.runs)
-    labels = [run.label if times[run.label] == 1 else run.folder.name for run in lab.runs]
+    labels = labels_of(lab.runs)
     found = lab.compare({"base": {}} | {label: run.vectors for label, run in zip(labels, lab.runs)})
     best, worst = (pick(labels, key=lambda name: found[name].value) for pick in (max, min))
     reading = f"Base {found['base'].text()} %; highest: {best}, {found[best].text()} %"
@@ -693,13 +734,13 @@ def transfer(lab: Lab) -> dict:
         row = {"base": lab.accuracy({}, f"{recipient.name}, base", subject=recipient)}
         for run in lab.runs:
             vectors, _ = model.load_vectors(run.folder / "vectors.safetensors", recipient.config)
-            row[run.folder.name] = lab.accuracy(vectors, f"{recipient.name}, {run.folder.name}", subject=recipient)
-        vars(recipient).pop("loaded", None)  # free the memory for the next model
-        own = next((run.folder.name for run in lab.runs if run.config["model"] == recipient.name), None)
+            row[run.name] = lab.accuracy(vectors, f"{recipient.name}, {run.name}", subject=recipient)
+        recipient.free()
+        own = next((run.name for run in lab.runs if run.config["model"] == recipient.name), None)
         shares = {name: row[name].share(row["base"], row[own]) for name in row if own and name != "base"}
         found[recipient.name] = {"accuracies": row, "shares": shares}
         for run in lab.runs:
-            name, gain = run.folder.name, row[run.folder.name] - row["base"]
+            name, gain = run.name, row[run.name] - row["base"]
             share = shares[name].plain() if name in shares and not shares[name].unclear else ""
             table.append([recipient.name, name, row[name].text(), gain.text("+"), share])
             if run.config["model"] != recipient.name:
@@ -710,7 +751,7 @@ def transfer(lab: Lab) -> dict:
         reading = f"The largest transfer: vectors of {donor} in {name} gain {gain} points"
         reading += f", {share} of what its own gain." if share else "."
     head = ["recipient", "vectors of", "right answers %", "gain", "share of the own gain"]
-    return finding(reading, head, table, donors=[run.folder.name for run in lab.runs], recipients=found)
+    return finding(reading, head, table, donors=[run.name for run in lab.runs], recipients=found)
 
 
 # ------------------------------------------------------------------------------------------- persistence, similarity
@@ -1074,7 +1115,7 @@ def patterns(llm, prompt: list[int], answer: list[int], queries, reduce=lambda l
         found[layer] = reduce(layer, output[1][0, :, queries].float())
 
     blocks = enumerate(model.decoder_layers(llm))
-    with eager(llm), model.hooks([(block.self_attn, partial(see, layer)) for layer, block in blocks]):
+    with eager(llm), model.hooks([(block.self_attn, partial(see, layer)) for layer, block in blocks], True):
         model.read(llm, [prompt], [answer])
     return found
 
@@ -1119,6 +1160,8 @@ def first_seen(place) -> int:
 def attention(lab: Lab) -> dict:
     """Does it change where the model looks? KL of attention patterns, steered against base."""
     (run,) = lab.runs
+    if not all(hasattr(block, "self_attn") for block in model.decoder_layers(lab.llm)):
+        sys.exit(f"attention: not every layer of a {lab.llm.config.model_type} model has a module self_attn")
     texts = lab.answered(run.vectors, "steered")[:2]
     found = lab.once("attention", run.vectors, lambda: attention_kl(lab.llm, run.vectors, *texts, seed=lab.args.seed))
     each = {name: torch.tensor(x) for name, x in found.items()}  # (N, L, H)
@@ -1197,14 +1240,17 @@ def cost(lab: Lab) -> dict:
     """What does training cost, and, if evaluate.py has measured it, what does it bring?"""
     found, table, columns = {}, [], {}
     for run in lab.runs:
-        steps = lines_of(run.folder / "metrics.jsonl", {"seconds_update": float, "seconds_sync": float})
-        if not (run.folder / "state.pt").is_file() or not steps:
-            sys.exit(f"{run.folder} has no state.pt or metrics.jsonl of train.py; train it again, or leave it out")
-        state = state_of(run.folder / "state.pt")["trained"]
+        home = home_of(run.folder)
+        steps = lines_of(home / "metrics.jsonl", {"seconds_update": float, "seconds_sync": float})
+        if not (home / "state.pt").is_file() or not steps:
+            sys.exit(f"{home} has no state.pt or metrics.jsonl of train.py; train it again, or leave it out")
+        if home != run.folder:  # of a checkpoint, the steps before it
+            steps = steps[: int(run.folder.name)]
+        state = state_of(home / "state.pt")["trained"]
         moments = [x for one in state.values() for name, x in one.items() if name != "value"]
         parts = ["seconds_sampling", "seconds_grading", "seconds_training"]
         parts += ["seconds_sync"] * run.full  # the sync of vectors is a part of the sampling
-        found[run.folder.name] = row = {
+        found[run.name] = row = {
             "trained_parameters": sum(one["value"].numel() for one in state.values()),
             "optimizer_bytes": sum(x.numel() * x.element_size() for x in moments),  # of all processes together
             "training_seconds": sum(step.get(part, 0.0) for step in steps for part in parts),

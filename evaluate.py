@@ -7,6 +7,8 @@ $ python evaluate.py out/tiny-layer27 --ask "What is 17 + 25?"  # base and steer
 $ python evaluate.py --model tiny --prefix To                # a base model with the first token forced (P1 Sec. 3)
 $ python evaluate.py out/NAME --benchmarks all               # the papers' six benchmarks, three seeds
 $ python evaluate.py out/NAME --data mine.jsonl --samples 4 --seeds 0 1 2
+$ python evaluate.py out/NAME --model OTHER                  # its vectors in another model of this shape (P4 Sec. 7)
+$ python evaluate.py out/NAME/checkpoints/00159              # a checkpoint of train.py --keep-every 53
 
 Prints tables and writes them to the run folder as eval.md, their numbers as eval.json: accuracies of run and base model
 and their difference with 95 % intervals over problems, and what of it is form. Answers are kept in out/answers/, those
@@ -17,13 +19,11 @@ import plumbing.threads  # noqa: F401 - before torch is loaded
 
 # isort: split
 import json
-import os
 import statistics
 import sys
 import time
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache, partial, partialmethod
-from importlib.metadata import version
+from functools import lru_cache, partial, partialmethod
 from math import comb
 from pathlib import Path
 
@@ -31,22 +31,33 @@ import numpy as np
 import tyro
 
 import model
-from data.problems import PAPERS, Problems, benchmarks, problems_of, prompt_ids
+from data.problems import PAPERS, Problems, problems_of, prompt_ids, sets_of
 from model import Subject
 from plumbing import memory
-from plumbing.ask import speak
+from plumbing.ask import ask
 from plumbing.bars import Bar
-from plumbing.files import FAMILY, ROOT, TINY, checksum, config_of, identity, keep, kept, lines_of, one_line, write
-from plumbing.processes import state_of
-from plumbing.settings import Usual, at_least, own_first
+from plumbing.files import (
+    checksum,
+    config_of,
+    grader,
+    home_of,
+    identity,
+    keep,
+    kept,
+    lines_of,
+    markdown,
+    one_line,
+    save_table,
+)
+from plumbing.settings import Usual, check_measuring, folders_of, own_first
 from rewards import grade, last_number_right, no_answer
 
 
 @own_first
 @dataclass
 class Config(model.Asking):
-    run: tyro.conf.Positional[Usual[str]] = None  # run folder of train.py; its config.json names the model
-    model: Usual[str] = None               # base model, instead of a run: tiny, a folder, a .gguf file or a hub id
+    run: tyro.conf.Positional[Usual[str]] = None  # run folder of train.py, or a checkpoint in it
+    model: Usual[str] = None               # base model to measure, or another one of its shape for the run's vectors
     ask: Usual[tuple[str, ...]] = None     # print answers to these questions, or to the lines you type, measure nothing
     strength: tuple[float, ...] = (1.0,)   # factor on the run's vectors; several with --ask
     benchmarks: tuple[str, ...] = ()       # names of data/NAME.jsonl (made by data/prepare.py), or all: the papers' six
@@ -62,13 +73,6 @@ class Config(model.Asking):
 
 
 # ---------------------------------------------------------------------------------------------------- ask, grade, keep
-
-
-@cache
-def grader() -> str:
-    """A checksum of what decides between right and wrong."""
-    code = [(ROOT / name).read_bytes() for name in ("rewards.py", "plumbing/notation.py")]
-    return checksum(b"".join(code) + version("math-verify").encode())
 
 
 def answers(
@@ -277,16 +281,6 @@ def cell(found: dict, what="accuracy", sign="") -> str:
     return f"{value} {interval}" if spread is None else f"{value} ±{100 * spread:.1f} {interval}"
 
 
-def markdown(head: list[str], rows: list[list[str]]) -> str:
-    """A table with aligned columns; columns without any entry are left out."""
-    used = [i for i in range(len(head)) if any(row[i] for row in rows)]
-    table = [[row[i] for i in used] for row in [head, *rows]]
-    widths = [max(map(len, column)) for column in zip(*table)]
-    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths)) + " |" for row in table]
-    lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
-    return "\n".join(lines)
-
-
 def tables(found: dict) -> tuple[str, str]:
     """Right answers; and what part of them is form. found: {(benchmark, temperature): {who: summary}}."""
     rows, parts = [], []
@@ -305,25 +299,18 @@ def tables(found: dict) -> tuple[str, str]:
     return markdown([*where, *head], rows), markdown([*where, "model", *COUNTED.values()], parts)
 
 
-def write_tables(found: dict, what: str, strength: float, out: Path) -> None:
-    """Print the tables, write eval.md and eval.json. found: as for `tables`."""
+def write_tables(found: dict, what: str, strength: float, out: Path, name: str) -> None:
+    """Print the tables, write NAME.md and NAME.json. found: as for `tables`."""
     right, parts = tables(found)
     text = f"{what}. Percent of right answers, 95 % intervals over problems"
     text += "; ± is the standard deviation over seeds (divisor: their number, as in the papers)" if "±" in right else ""
     text += f"\n\n{right}\n\nHow much of it is form? A box is the tag <answer> under the template r1. The last number "
     text += "counts boxed or not,\nwhere the answer is a number. pass@k: one of k answers is right, k as in mean@k.\n\n"
     numbers = []
-    for (name, temperature), row in found.items():
+    for (benchmark, temperature), row in found.items():
         parts_of = {who: part | part["accuracy"].json() for who, part in row.items()}
-        numbers.append({"benchmark": name, "temperature": temperature, "strength": strength} | parts_of)
-    save(f"{text}{parts}\n", numbers, out, "eval" if strength == 1 else f"eval-strength{strength:g}")
-
-
-def save(text: str, numbers, out: Path, name: str) -> None:
-    print(f"\n{text}")
-    write(out / f"{name}.md", text)
-    write(out / f"{name}.json", json.dumps(numbers, indent=1, default=Estimate.json) + "\n")
-    print(f"wrote {name}.md and {name}.json to {out}")
+        numbers.append({"benchmark": benchmark, "temperature": temperature, "strength": strength} | parts_of)
+    save_table(f"{text}{parts}\n", numbers, out, name)
 
 
 def compare_with_base(subject, vectors: dict, problems: Problems, base: str, seed: int) -> float:
@@ -367,14 +354,6 @@ def unseen(run: Path, config: dict, subject: Subject) -> Problems:
     return Problems(f"unseen-{data.name}", rows[:400], checksum(json.dumps(rows[:400]).encode()))
 
 
-def folders_of(run: Path) -> dict[int, Path]:
-    """{steps done: folder} of the checkpoints, and of the run itself, whose step is the last."""
-    found = {int(path.name): path for path in sorted((run / "checkpoints").glob("[0-9]*")) if path.name.isdigit()}
-    if not found:
-        sys.exit(f"no checkpoints in {run}: train with --keep-every N, for example 53 as the authors")
-    return found | {state_of(run / "state.pt")["step"]: run}
-
-
 def chosen(test: dict[int, Estimate], validation: dict[int, Estimate]) -> dict[str, int]:
     """The step that each rule takes: the last, the best on unseen training or on test problems, of equals the first."""
     rules = {"last": max(test)}
@@ -415,53 +394,25 @@ def checkpoints(subject: Subject, config: dict, run: Path, sets: list[Problems],
         text += f"After {max(test)} steps no training problem is unseen, so the last step is the fair choice.\n"
     text += "The best on the test problems is how the authors choose; its own accuracy is too high, for the same "
     text += f"problems choose and measure. The choice adds {numbers['difference'].text('+')} points here.\n"
-    save(text, numbers, Path(args.out or run), "checkpoints")
+    save_table(text, numbers, Path(args.out or run), "checkpoints")
     return numbers
 
 
 # ------------------------------------------------------------------------------------------------------- the command
 
 
-def sets_of(args, run: dict) -> list[Problems]:
-    """What evaluate.py's settings ask for (benchmarks, data, problems), for a run with this config."""
-    usual = run["model"] in FAMILY and run.get("data") in (None, "data/tiny/train.jsonl")
-    own = TINY / "test.jsonl" if usual else None
-    if args.benchmarks:
-        sets = benchmarks(args.benchmarks)
-    elif (file := args.data or run.get("held_out") or own) is None:
-        sys.exit("--benchmarks NAME... or --data FILE is needed: the run has no held-out problems")
-    else:
-        sets = [problems_of(file)]
-    return [problems.first(args.problems) for problems in sets]
+def vectors_of(run, config: dict, other=False) -> tuple[dict, dict]:
+    """
+    (vectors, metadata) of a run, on the CPU; ({}, {}) of a run of all weights. Exits if there are none yet.
 
-
-def check(args: Config) -> None:
-    """Exit with one line for a setting that cannot work."""
-    if (args.run is None) == (args.model is None):
-        sys.exit("give either a run folder (python evaluate.py out/NAME) or a base model (--model tiny)")
-    at_least(args, problems=1, samples=1, max_tokens=1, rows=1, context=1, tensor_parallel=1, temperatures=0)
-    if not args.strength or not all(abs(x) < 1e6 for x in args.strength):
-        sys.exit(f"--strength wants numbers, got {' '.join(map(str, args.strength)) or 'none'}")
-    if len(args.strength) > 1 and args.ask is None:
-        sys.exit("--strength takes several numbers with --ask alone: measure one after the other")
-    if args.strength != (1.0,) and (args.run is None or args.checkpoints):
-        sys.exit("--strength scales the vectors of a run, and goes not with --checkpoints")
-    if args.benchmarks and args.data:
-        sys.exit("give either --benchmarks or --data")
-    if args.checkpoints and args.run is None:
-        sys.exit("--checkpoints wants a run folder of train.py --keep-every N")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        sys.exit("evaluate.py runs as one process, not under torchrun; --tensor-parallel N spreads vLLM over N GPUs")
-
-
-def vectors_of(run, config: dict) -> tuple[dict, dict]:
-    """(vectors, metadata) of a run, on the CPU; ({}, {}) of a run of all weights. Exits if there are none yet."""
+    config: names the model that gets them. other: it may be another one than they were trained in.
+    """
     full = config.get("method") == "full"
     what, file = ("weights", "weights/*.safetensors") if full else ("vectors", "vectors.safetensors")
     if not any(Path(run).glob(file)):
         sys.exit(f"no {what} in {run}: the run did not get that far, --resume goes on with it")
     name = config["model"]
-    return ({}, {}) if full else model.load_vectors(Path(run) / file, model.load_config(name), name)
+    return ({}, {}) if full else model.load_vectors(Path(run) / file, model.load_config(name), None if other else name)
 
 
 def scaled(vectors: dict, strength: float) -> dict:
@@ -469,40 +420,21 @@ def scaled(vectors: dict, strength: float) -> dict:
     return {place: s if model.split(place).matrix == "lora_A" else strength * s for place, s in vectors.items()}
 
 
-def ask(subject: Subject, vectors: dict, run: dict, args: Config) -> None:
-    """Answer the questions of --ask, or those typed: the base model, then the run at every strength."""
-    base, tuned, speakers = (subject.llm, {}), subject, {}
-    if run.get("method") == "full":  # both models have to be there, to compare them
-        tuned = Subject.of_run(run, args)
-        tuned.swap(str(Path(args.run) / "weights"))
-    if args.base or args.run is None:
-        speakers["base"] = [base]
-    for x in args.strength if args.run else ():
-        speakers["steered" if args.strength == (1.0,) else f"strength {x:g}"] = [(tuned.llm, scaled(vectors, x)), base]
-    stop = model.stop_ids(subject.llm, subject.tokenizer)
-    for number, question in enumerate(filter(str.strip, args.ask or sys.stdin)):
-        prompt = subject.prompt({"problem": question.strip()}, args.prefix)
-        (seed,) = model.prompt_seeds((args.seeds or (0,))[0], [number])
-        for temperature in args.temperatures or (0.0,):
-            for who, models in speakers.items():
-                print(f"\n{who}: {args.prefix}", end="")
-                speak(models, subject.tokenizer, prompt, subject.room(prompt), stop, temperature, seed)
-
-
 @one_line()
 def main(args: Config) -> dict | None:
     """Returns {(benchmark, temperature): {"base": summary, "steered": summary, "difference": ...}} or `checkpoints`."""
-    check(args)
-    run = {"model": args.model} if args.run is None else config_of(args.run)
+    check_measuring(args)
+    run = config_of(args.run) if args.run else {"model": args.model}
     full, (strength, *_) = run.get("method") == "full", args.strength
-    if full and (args.tensor_parallel > 1 or args.strength != (1.0,)):
-        sys.exit(f"{args.run} trained all weights: --strength has nothing to scale, and --tensor-parallel wants 1")
+    if full and (args.tensor_parallel > 1 or args.strength != (1.0,) or args.model):
+        sys.exit(f"{args.run} trained all weights: --strength and --model want vectors, --tensor-parallel wants 1")
     sets = sets_of(args, run) if args.ask is None else []
-    vectors, meta = ({}, {}) if args.run is None else vectors_of(args.run, run)
-    folder = Path(args.run or "out/base").parent / "answers"  # beside the run, where train.py and analyze.py look, too
+    run |= {"model": args.model or run["model"]}
+    vectors, meta = vectors_of(args.run, run, other=bool(args.model)) if args.run else ({}, {})
+    folder = home_of(args.run or "out/base").parent / "answers"  # where train.py and analyze.py look, too
     subject, found = Subject.of_run(run, args, holds=vectors, folder=folder), {}
     if args.ask is not None:
-        return ask(subject, vectors, run, args)
+        return ask(subject, [scaled(vectors, x) for x in args.strength], run, args)
     memory.say(subject, max(args.samples or problems.samples for problems in sets), subject.context)
     if args.checkpoints:
         return checkpoints(subject, run, Path(args.run), sets, args)
@@ -520,10 +452,12 @@ def main(args: Config) -> dict | None:
     if args.run is not None:
         where = "all weights" if full else f"steered at layers {', '.join(map(str, vectors))}, step {meta['step']}"
         where += f", strength {strength:g}" if strength != 1 else ""
+        where += f", trained in {meta['model']}" if args.model else ""
         what = f"{run['model']}, {where} ({args.run})"
     what += f", answers begin with {args.prefix!r}" if args.prefix else ""
-    name = Path(args.model or "").resolve().name.removesuffix(".gguf")
-    write_tables(rows, what, strength, Path(args.out or args.run or f"out/{name}-base"))
+    other = Path(args.model or "").resolve().name.removesuffix(".gguf")
+    name = "eval" + f"-strength{strength:g}" * (strength != 1) + f"-in-{other}" * bool(args.model and args.run)
+    write_tables(rows, what, strength, Path(args.out or args.run or f"out/{other}-base"), name)
     return rows
 
 

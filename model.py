@@ -72,7 +72,22 @@ def load(name: str = "tiny", device: str = "auto", dtype: str = "auto"):
     except Exception as error:  # a folder may hold anything, and tokenizers raises Exception itself
         sys.exit(cannot_load(name, error))
     llm.config.architectures = [type(llm).__name__]  # files without it are common, vLLM and the exports want it
-    return llm.to(device).eval().requires_grad_(False), tokenizer
+    check_family(llm.to(device).eval().requires_grad_(False))
+    return llm, tokenizer
+
+
+@torch.no_grad()
+def check_family(llm) -> None:
+    """Exit with one line for a model that cannot be steered or sampled from here, or whose head `logits` is not."""
+    kind = llm.config.model_type
+    decoder_layers(llm)
+    if "recurrent" in getattr(llm.config, "layers_block_type", ()):  # RecurrentGemma
+        sys.exit(f"models of the type {kind} keep their states inside of layers, where the padding of a batch enters")
+    if kind not in SITES_OF:  # of these the tests know the head
+        (h, _), ids = read(llm, [[0]], [[1, 2]]), torch.tensor([[0, 1, 2]], device=llm.device)
+        theirs, off = llm(input_ids=ids, use_cache=False).logits.float(), 1e-3 if llm.dtype == torch.float32 else 0.05
+        if (logits(llm, h) - theirs).abs().max() > off * theirs.std():
+            sys.exit(f"models of the type {kind} scale their logits in a way that is not known here")
 
 
 def load_config(name: str):
@@ -135,7 +150,11 @@ def stop_ids(llm, tokenizer) -> list[int]:
 
 def decoder_layers(llm):
     """The decoder layers of a Hugging Face causal LM, a ModuleList; index l is the paper's layer l."""
-    return llm.get_decoder().layers
+    lists = [part for part in llm.get_decoder().children() if isinstance(part, torch.nn.ModuleList)]
+    found = [part for part in lists if len(part) == llm.config.get_text_config().num_hidden_layers]
+    if not found:  # most models call them layers, GPT-2 h, MPT blocks
+        sys.exit(f"models of the type {llm.config.model_type} have no list of decoder layers to steer")
+    return found[0]
 
 
 # -------------------------------------------------------------------------------------------------------- the vectors
@@ -206,15 +225,23 @@ def site_module(llm, place):
 
 
 @contextmanager
-def hooks(pairs):
+def hooks(pairs, whole=False):
     """
     Inside the context, every function of [(module, function), ...] is a forward hook of its module.
 
-    function(module, args, output) returns what takes the place of the output, or None.
+    function(module, args, output) returns what takes the place of the output, or None. Some families' layers return a
+    tuple: without `whole` its first entry, the states, stands for it.
     """
+
+    def hook(function, module, args, output):
+        if whole or not isinstance(output, tuple):
+            return function(module, args, output)
+        h = function(module, args, output[0])
+        return None if h is None else (h, *output[1:])
+
     with ExitStack() as handles:  # removes them on errors too, or the next call in a notebook is silently steered
         for module, function in pairs:
-            handles.enter_context(module.register_forward_hook(function))
+            handles.enter_context(module.register_forward_hook(partial(hook, function)))
         yield
 
 
@@ -303,8 +330,8 @@ def sample(
     in (up to rounding).
     max_rows: rows decoded at once, fewer if memory is short, but all k of a prompt. bar: what the progress bar says.
     Returns N*k completions as token ids, prompt by prompt, and for each whether it ended by itself.
-    keep: a layer; a third list has the states that enter it, for every completion those of its prompt (P, D) and of its
-    tokens but the last (C - 1, D).
+    keep: a layer; a third list has the states that enter it, if they can be had, for every completion those of its
+    prompt (P, D) and of its tokens but the last (C - 1, D).
     Faster than `generate`: a prompt is read once for its k samples, and finished rows leave the batch.
     """
     limits = max_tokens if isinstance(max_tokens, list) else [max_tokens] * len(prompts)
@@ -314,21 +341,26 @@ def sample(
     row *= max(map(len, prompts)) + max(limits)  # should its answer be as long as it may
     max_rows = min(max_rows, int(0.7 * memory.free(llm.device) / row))
     completions, states, entering, n = [], [], [], max(1, max_rows // k)  # entering: in each forward pass of a batch
-    see = [] if keep is None else [(decoder_layers(llm)[keep], lambda module, args, output: entering.append(args[0]))]
+
+    def see(module, args, output):
+        if not isinstance(output, tuple):  # layers that return tuples are not skipped later, so nothing is kept
+            entering.append(args[0])
+
+    seen = [] if keep is None else [(decoder_layers(llm)[keep], see)]
     bar = Bar(total=len(prompts) * k, desc=bar, unit="answers")
     try:
         for i in range(0, len(prompts), n):
             batch, bar.later = slice(i, i + n), k * sum(limits[i + n :])
-            with hooks(see):
+            with hooks(seen, whole=True):
                 rows, fed = _decode(llm, prompts[batch], k, limits[batch], stop, temperature, seeds[batch], bar)
             completions += rows
-            if keep is not None:
+            if entering:
                 states += fast.states_by_row(prompts[batch], rows, fed, entering)
     finally:
         bar.close()
         llm.answer_positions = None  # after Ctrl-C, too: nothing else may take them for its own
     found = completions, [row[-1] in stop for row in completions]
-    return found if keep is None else (*found, states)
+    return (*found, states) if states else found
 
 
 def _decode(llm, prompts, k, limits, stop, temperature, seeds, bar):
@@ -470,7 +502,8 @@ def logits(llm, h: torch.Tensor, exact=False, rows=16384, dtype=torch.float32) -
     else:
         x = h @ head.weight.T
         x = x if dtype is None else x.to(dtype)
-    x = (x if head.bias is None else x + head.bias.to(x.dtype)) * scale
+    x = x if head.bias is None else x + head.bias.to(x.dtype)
+    x = x if scale == 1 else x * scale
     x = x if cap is None else cap * torch.tanh(x / cap)
     return x.view(*shape, -1)
 
@@ -487,7 +520,7 @@ def token_logps(llm, prompts: list, completions: list, temperature=1.0, chunk=No
     """
     layer, kept = states or (0, None)
     if share:
-        h = fast.read_together(llm, prompts, completions, layer, kept)
+        h = fast.read_together(llm, decoder_layers(llm), prompts, completions, layer, kept)
     else:  # of the last token no state is known, and none is needed
         given = kept and pad_sequence([torch.cat([*parts, parts[0][:1]]) for parts in kept], batch_first=True)
         with fast.starting_at(decoder_layers(llm), layer, given):
@@ -566,7 +599,8 @@ class Subject(Asking):
     def __post_init__(self):
         self.config = load_config(self.name)
         self.device, self.dtype = resolve(self.device, self.dtype, self.config)
-        self.context = min(self.context or 32768, self.config.max_position_embeddings)  # 32K: the papers'
+        longest = getattr(self.config, "max_position_embeddings", None) or 32768  # some families have no limit
+        self.context = min(self.context or 32768, longest)  # 32K: the papers'
         if self.max_tokens is None and self.name in FAMILY:
             self.max_tokens = 80
         self.wanted_weights = self.loaded_weights = self.name
@@ -626,6 +660,13 @@ class Subject(Asking):
                 self.started.push_weights(llm)
         return llm
 
+    def free(self) -> None:
+        """Let the model and the engine go, so that another one has room."""
+        if self.started is not None:
+            self.started.close()
+        self.started = None
+        vars(self).pop("loaded", None)
+
     @property
     def form(self) -> str:
         """Where the prompt asks for the answer, one of rewards.FORMS: r1 asks for a tag, the others for a box."""
@@ -636,10 +677,14 @@ class Subject(Asking):
         """Take the weights of another model of the same shape (a run's of --method full) when they are next needed."""
         self.wanted_weights = name
 
-    def prompt(self, row: dict, prefix="") -> list[int]:
-        """Token ids of a problem as it is asked here, and of the text that the answer is made to begin with."""
-        forced = self.tokenizer(prefix, add_special_tokens=False).input_ids if prefix else []
-        return prompt_ids(self.tokenizer, row["problem"], self.system, self.template) + forced
+    def begin(self, prefix: str | list[int]) -> list[int]:
+        """Token ids of what an answer is made to begin with: a text, or these very ids, which a text may not give."""
+        text = prefix and isinstance(prefix, str)
+        return self.tokenizer(prefix, add_special_tokens=False).input_ids if text else prefix
+
+    def prompt(self, row: dict, prefix: str | list[int] = "") -> list[int]:
+        """Token ids of a problem as it is asked here, and of what the answer is made to begin with."""
+        return [*prompt_ids(self.tokenizer, row["problem"], self.system, self.template), *self.begin(prefix)]
 
     def room(self, prompt: list[int], context: int | None = None) -> int:
         """Tokens that an answer may have. context: of these answers, default the subject's; max_tokens counts too."""
@@ -660,14 +705,14 @@ class Subject(Asking):
         return self.started
 
     def rollouts(
-        self, vectors: dict, rows: list[dict], k: int, temperature=1.0, seed: int | list[int] = 0, prefix="",
-        context: int | None = None, keep: int | None = None, bar="sampling",
+        self, vectors: dict, rows: list[dict], k: int, temperature=1.0, seed: int | list[int] = 0,
+        prefix: str | list[int] = "", context: int | None = None, keep: int | None = None, bar="sampling",
     ) -> Rollouts:  # fmt: skip
         """
         k answers to each problem, of the model with these vectors, {} for the base: by `sample` or by vLLM.
 
-        seed: as for `sample`. prefix: text that every answer is made to begin with. context: see `room`. keep: see
-        `sample`.
+        seed: as for `sample`. prefix: what every answer is made to begin with, see `begin`. context: see `room`. keep:
+        see `sample`.
         """
         if not rows:  # of several processes, some may have none
             return Rollouts([], [], [], [], None)
@@ -683,7 +728,8 @@ class Subject(Asking):
             how = temperature, seeds, self.rows, bar, keep
             with steer(llm, vectors):
                 completions, ended, *states = sample(llm, prompts, k, limits, stop, *how)
-        texts = [prefix + text for text in self.tokenizer.batch_decode(completions, skip_special_tokens=True)]
+        whole = [[*self.begin(prefix), *c] for c in completions]  # in one: SentencePiece drops a text's first space
+        texts = self.tokenizer.batch_decode(whole, skip_special_tokens=True)
         return Rollouts([p for p in prompts for _ in range(k)], completions, ended, texts, logps, *states)
 
 

@@ -437,7 +437,8 @@ def open_run(args: Config) -> Run:
         sys.exit(f"--prompts {args.prompts}: the data has only {len(problems.rows)} problems")
     args = replace(args, device=processes.join_processes(args.device, args.prompts))
     subject = Subject.of_run({"model": args.model}, replace(args, context=None))
-    layers = parse_layers(args.layer, subject.depth)  # exits for a bad --layer before the model is loaded
+    # exits for a bad --layer before the model is loaded
+    layers = [] if args.method == "full" else parse_layers(args.layer, subject.depth)
     if args.rank > subject.config.hidden_size:
         sys.exit(f"--rank {args.rank}: a LoRA of this model has at most rank {subject.config.hidden_size}, its width")
     args = replace(args, layer="all") if len(layers) == subject.depth > 1 else args
@@ -588,7 +589,8 @@ def finish(run: Run, vectors: dict) -> None:
         level = compare_with_base(run.subject, vectors, run.held_out, run.args.model, run.args.seed)
     plot_reward(history, level, run.out / "reward.png")
     own = f" --data {run.args.data}" if run.args.model not in FAMILY else ""
-    print(f"\nwrote {run.out}/ with reward.png; now: python evaluate.py {run.out}{own}")
+    print(f"\nmost memory in use: {memory.peak(run.subject.device) / 1e9:.1f} GB")
+    print(f"wrote {run.out}/ with reward.png; now: python evaluate.py {run.out}{own}")
 
 
 if __name__ == "__main__":

@@ -73,7 +73,10 @@ def prefix(who: str) -> tuple:
 
 def sites(who: str) -> tuple:
     rows = {row["site"]: printed(row["mean"], row["pm"]) for row in PAPER["P4.fig10"]["rows"]}
-    note = "v4, Fig. 10, base: Table 2; mean of six benchmarks; bars: ± over seeds"
+    for row in PAPER["P4.text"]["rows"]:
+        if row["name"] == "trained_after_attention_pct" and Path(row["model"]).name == who:
+            rows["layer 27, after attention"] = printed(row["value"], row["pm"])
+    note = "v4, Fig. 10, base: Table 2, layer 27: Sec. 6; mean of six benchmarks; bars: ± over seeds"
     return {"conditions": {"base": averages(who, "T = 1")["base"]} | rows}, note
 
 
@@ -128,11 +131,14 @@ def table_of(head: list, rows: list[list]) -> str:
 
 
 def paper_table(entry: dict) -> str:
-    """A table of paper.json as folded HTML; a list fills as many columns as it has numbers."""
-    head, columns = [], entry["columns"]
-    for name, x in entry["rows"][0].items():
-        head += [name] if not isinstance(x, list) else columns if len(columns) == len(x) else [""] * len(x)
-    rows = [sum((x if isinstance(x, list) else [x] for x in row.values()), []) for row in entry["rows"]]
+    """A table of paper.json as folded HTML; where all rows have a list, it fills as many columns as it has numbers."""
+    head, rows = [], [[] for _ in entry["rows"]]
+    for name in dict.fromkeys(name for row in entry["rows"] for name in row):
+        cells = [row.get(name) for row in entry["rows"]]
+        width = len(cells[0]) if all(isinstance(x, list) for x in cells) else None
+        head += [name] if width is None else entry["columns"] if len(entry["columns"]) == width else [""] * width
+        for row, x in zip(rows, cells):
+            row += [x] if width is None else x
     return folded(f"The paper: {entry['title']} ({entry['source']}; {entry['unit']})", table_of(head, rows))
 
 
@@ -149,7 +155,8 @@ def picture(path: Path, text: str) -> str:
 def documents(folder: Path, order: list[str]) -> list[tuple[Path, dict]]:
     """The results under folder/figures and folder/*/figures, in this order of the analyses."""
     found = []
-    for path in sorted([*folder.glob("figures/*.json"), *folder.glob("*/figures/*.json")]):
+    places = ("figures/*.json", "*/figures/*.json", "*/checkpoints/*/figures/*.json")
+    for path in sorted(path for place in places for path in folder.glob(place)):
         saved = json_of(path, object, "JSON; delete it and run the analysis again")
         if isinstance(saved, dict) and (saved.get("found") or {}).get("name") in order:
             with reading(path, "a result of analyze.py; delete it"):
@@ -178,6 +185,8 @@ def report(folder: Path, order: list[str]) -> Path:
                 done.add(drawn)
                 body += folded(f"In the paper, {who}", picture(drawn, who), open="open")
         body += "".join(paper_table(entry) for entry in PAPER.values() if entry.get("analysis") == doc["name"])
+    body += "<h2>The papers: settings, and numbers in their text</h2>\n"
+    body += "".join(paper_table(entry) for entry in PAPER.values() if "rows" in entry and "analysis" not in entry)
     title = "Steering vectors: what was measured"
     head = f"<meta charset=utf-8><meta name=viewport content='width=device-width'><title>{title}</title>"
     page = f"<!doctype html>\n<html lang=en><head>{head}<style>{STYLE}</style></head>\n<body><h1>{title}</h1>\n"

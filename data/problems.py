@@ -17,7 +17,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
-from plumbing.files import ROOT, checksum, fitted, reading, reason
+from plumbing.files import FAMILY, ROOT, TINY, checksum, fitted, reading, reason
 
 PATIENCE = 10  # seconds that a chat template may take
 MOST_SAMPLES = 100_000  # all answers to a problem are decoded together
@@ -81,6 +81,19 @@ def benchmarks(names: tuple[str, ...]) -> list[Problems]:
     if missing := [name for name, path in zip(names, files) if not path.is_file()]:
         sys.exit(f"no problems of {', '.join(missing)}: run `python data/prepare.py {' '.join(missing)}`")
     return [problems_of(path) for path in files]
+
+
+def sets_of(args, run: dict) -> list[Problems]:
+    """The problems that evaluate.py's settings ask for, of a run with this config."""
+    usual = run["model"] in FAMILY and run.get("data") in (None, "data/tiny/train.jsonl")
+    own = TINY / "test.jsonl" if usual else None
+    if args.benchmarks:
+        sets = benchmarks(args.benchmarks)
+    elif (file := args.data or run.get("held_out") or own) is None:
+        sys.exit("--benchmarks NAME... or --data FILE is needed: the run has no held-out problems")
+    else:
+        sets = [problems_of(file)]
+    return [problems.first(args.problems) for problems in sets]
 
 
 def template_of(tokenizer, template: str | None = None) -> str:

@@ -176,14 +176,16 @@ def states_by_row(prompts, completions, fed, entering) -> list[tuple[torch.Tenso
     """
     The states of a batch's forward passes, row by row: of the prompt (P, D) and of the completion's tokens (C - 1, D).
 
-    fed: the rows that were in each pass after the prompts'. entering: (N, P, D), then (rows, 1, D) each; is emptied.
+    fed: the rows that were in each pass after the prompts'. entering: (N, P, D), or (B, P, D) where every row reads its
+    prompt for itself, then (rows, 1, D) each; is emptied.
     """
     first, k = entering[0], len(completions) // len(prompts)
+    first = first.repeat_interleave(len(completions) // len(first), 0)
     later = first.new_zeros(len(completions), len(fed), first.shape[-1])
     for t, (rows, h) in enumerate(zip(fed, entering[1:])):
         later[rows, t] = h[:, 0]
     entering.clear()
-    return [(first[i // k, -len(prompts[i // k]) :], later[i, : len(c) - 1]) for i, c in enumerate(completions)]
+    return [(first[i, -len(prompts[i // k]) :], later[i, : len(c) - 1]) for i, c in enumerate(completions)]
 
 
 @contextmanager
@@ -192,7 +194,7 @@ def starting_at(blocks, layer: int, h: torch.Tensor | None):
     if h is None:
         yield
         return
-    handle = blocks[layer].register_forward_pre_hook(lambda module, args: (h,))
+    handle = blocks[layer].register_forward_pre_hook(lambda module, args: (h, *args[1:]))
     for block in blocks[:layer]:
         block.forward = lambda x, *args, **how: x
     try:
@@ -233,14 +235,16 @@ class ChosenLogps(torch.autograd.Function):
         with torch.enable_grad():
             x = h.detach().requires_grad_()
             z = head(x)  # (rows, V), in the model's dtype
-        slope, logps = torch.empty_like(z), []
+        logps = []
         few = len(z) if z.is_cuda else max(1, (1 << 20) // z.shape[1])  # rows that stay in a CPU's cache
-        for part, token, out in zip(z.detach().split(few), y[:, None].split(few), slope.split(few)):
-            logp = (part.float() / temperature).log_softmax(-1)
+        for part, token in zip(z.detach().split(few), y[:, None].split(few)):
+            logp = part.float() if temperature == 1 else part.float() / temperature
+            logp = logp.log_softmax(-1)
             logps.append(logp.gather(-1, token))
             p = logp.exp_()
-            out.copy_(p.scatter_add_(-1, token, torch.full_like(logps[-1], -1.0)).div_(-temperature))
-        ctx.save_for_backward(*torch.autograd.grad(z, x, slope))
+            part.copy_(p.scatter_add_(-1, token, torch.full_like(logps[-1], -1.0)))  # z is read no more: now p - 1[y]
+        (slope,) = torch.autograd.grad(z, x, z.detach())
+        ctx.save_for_backward(slope / -temperature)
         return torch.cat(logps).flatten()
 
     @staticmethod
@@ -249,16 +253,17 @@ class ChosenLogps(torch.autograd.Function):
         return (grad[:, None] * gradient).to(gradient.dtype), None, None, None
 
 
-def read_together(llm, prompts, completions, layer=0, kept: list | None = None) -> torch.Tensor:
+def read_together(llm, blocks, prompts, completions, layer=0, kept: list | None = None) -> torch.Tensor:
     """
     As `read`, but a prompt is run once for all of its completions: the states that predict their tokens, row by row.
 
-    Gradients flow through the prompt's keys and values. kept: of every row the states that enter `layer`, see `sample`.
+    Gradients flow through the prompt's keys and values. blocks: the decoder layers. kept: of every row the states that
+    enter `layer`, see `sample`.
     """
     texts = list(dict.fromkeys(map(tuple, prompts)))  # N of them, each once
     owner = [texts.index(tuple(p)) for p in prompts]
     C = max(2, *map(len, completions)) - 1  # after the last token nothing is predicted
-    cache, blocks = DynamicCache(), llm.get_decoder().layers
+    cache = DynamicCache()
     ids, mask, positions = left_padded(texts, llm.device)
     later = torch.tensor([(c[:-1] + [0] * C)[:C] for c in completions], device=llm.device)  # (B, C)
     given = later_given = None

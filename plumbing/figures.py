@@ -283,9 +283,10 @@ FORMS = {form.__name__: form for form in (lines, dots, bars, heat, boxes, tokens
 
 def lens(found: dict) -> dict:
     tables, kind = found["vectors"], "cosine"
-    if len(tables) == 1:  # one vector: its four lists, one below the other
+    if len(tables) == 1:  # one vector: its lists, one below the other
         ((label, lists),) = tables.items()
-        tables = {name: {kind: lists[name]} for name in ("cosine", "dot", "dot, gain folded in", "lowest dot")}
+        names = ("cosine", "dot", "dot, gain folded in", "lowest cosine", "lowest dot")
+        tables = {name: {kind: lists[name]} for name in names}
         title, ylabel = f"Which tokens does the vector at layer {label} point at?", "ordered by"
     else:
         title, ylabel = "Which tokens do the vectors point at?", "layer of the vector (0-based)"
@@ -293,9 +294,10 @@ def lens(found: dict) -> dict:
     rows = [table[kind][:columns] for table in tables.values()]
     grid = [[cosine for _, _, cosine in row] for row in rows]
     texts = [[f"{quoted(token)}\n{x:.2f}" for token, _, x in row] for row in rows]
-    low, high = min(0, *map(min, grid)), max(map(max, grid))
+    least, most = min(map(min, grid)), max(max(abs(x) for x in row) for row in grid)
     panel = dict(form="heat", grid=grid, rows=list(tables), columns=range(1, columns + 1), texts=texts)
-    panel |= dict(low=low and -high, high=high, label="cosine with the unembedding row", xlabel="rank", ylabel=ylabel)
+    panel |= dict(low=-most if least < 0 else 0, high=most, label="cosine with the unembedding row")
+    panel |= dict(xlabel="rank", ylabel=ylabel)
     note = f"gain: the final norm's; 95 % of random directions stay below a cosine of {found['chance']:.2f}"
     return dict(title=title, panels=[panel], note=note, size=(9, 1.6 + 0.4 * len(tables)))
 

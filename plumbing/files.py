@@ -8,6 +8,8 @@ import sys
 import traceback
 import zlib
 from contextlib import contextmanager, suppress
+from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from pickle import PickleError
 
@@ -171,9 +173,15 @@ def lines_of(path: Path, shape=dict) -> list[dict]:
         return fitted(rows, [shape])
 
 
+def home_of(run) -> Path:
+    """The folder of a run; RUN of a checkpoint that it kept, RUN/checkpoints/00159."""
+    around = Path(run).absolute().parent
+    return around.parent if around.name == "checkpoints" and not (Path(run) / "config.json").is_file() else Path(run)
+
+
 def config_of(run) -> dict:
-    """config.json of a run folder: every setting that was used."""
-    path = Path(run) / "config.json"
+    """config.json of a run folder, or of the run that kept this checkpoint: every setting that was used."""
+    path = home_of(run) / "config.json"
     if not path.is_file():
         sys.exit(f"no run in {run}: a run folder of train.py holds config.json and vectors.safetensors or weights/")
     return json_of(path, RUN, "the settings that train.py wrote")
@@ -222,3 +230,28 @@ def keep(path: Path, key: dict, found):
     text = json.dumps({"key": key, "found": found}, ensure_ascii=False, default=lambda x: x.json())
     write(path, text + "\n")
     return json.loads(text)["found"]
+
+
+@cache
+def grader() -> str:
+    """A checksum of what decides between right and wrong."""
+    code = [(ROOT / name).read_bytes() for name in ("rewards.py", "plumbing/notation.py")]
+    return checksum(b"".join(code) + version("math-verify").encode())
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    """A table with aligned columns; columns without any entry are left out."""
+    used = [i for i in range(len(head)) if any(row[i] for row in rows)]
+    table = [[row[i] for i in used] for row in [head, *rows]]
+    widths = [max(map(len, column)) for column in zip(*table)]
+    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths)) + " |" for row in table]
+    lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
+    return "\n".join(lines)
+
+
+def save_table(text: str, numbers, out: Path, name: str) -> None:
+    """Print a text with tables, and write it and its numbers: NAME.md and NAME.json."""
+    print(f"\n{text}")
+    write(out / f"{name}.md", text)
+    write(out / f"{name}.json", json.dumps(numbers, indent=1, default=lambda x: x.json()) + "\n")
+    print(f"wrote {name}.md and {name}.json to {out}")

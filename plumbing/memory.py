@@ -221,7 +221,7 @@ def say(subject, k: int, context: int, **training) -> None:
     device = torch.device(subject.device).type
     found = estimate(subject.config, b, device, there, Job(k, tokens, subject.rows, share, **training))
     parts = [f"{what} {size / 1e9:.1f}" for part in found[:3] for what, size in part.items()]
-    print(f"memory in GB, at most: {'; '.join(parts)}; at once {found.most / 1e9:.1f}, free {there / 1e9:.1f}")
+    print(f"{subject.name} in {subject.dtype} on {device}; memory in GB, at most: {'; '.join(parts)}; at once {found.most / 1e9:.1f}, free {there / 1e9:.1f}")
     if found.always["weights"] > there and (device == "cuda" or sys.platform == "linux"):  # elsewhere `free` guesses
         way = "; --dtype bfloat16 halves them" if b == 4 else ""
         sys.exit(f"the weights of {subject.name} do not fit: {parts[0].split()[-1]} GB of {there / 1e9:.1f}{way}")

@@ -5,6 +5,7 @@ The authors' settings are a table in data/paper.json, by model and by the data t
 """
 
 import json
+import os
 import sys
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,6 +17,7 @@ import tyro
 
 from data.problems import MOST_SAMPLES, Problems, problems_of
 from plumbing.files import FAMILY, ROOT, config_of, lines_of, write
+from plumbing.processes import state_of
 
 T = TypeVar("T")
 # an option that may be left out: its comment says what happens then, so --help adds no "(default: None)"
@@ -81,6 +83,25 @@ def check(args) -> None:
         sys.exit("--method full can give its weights to vLLM only inside one process: --tensor-parallel wants 1")
     if args.dtype == "float16":
         sys.exit("--dtype float16: gradients are small and would underflow to 0; use bfloat16 or float32")
+
+
+def check_measuring(args) -> None:
+    """Exit with one line for a setting of evaluate.py that cannot work."""
+    if args.run is None and args.model is None:
+        sys.exit("give a run folder (python evaluate.py out/NAME) or a base model (--model tiny)")
+    at_least(args, problems=1, samples=1, max_tokens=1, rows=1, context=1, tensor_parallel=1, temperatures=0)
+    if not args.strength or not all(abs(x) < 1e6 for x in args.strength):
+        sys.exit(f"--strength wants numbers, got {' '.join(map(str, args.strength)) or 'none'}")
+    if len(args.strength) > 1 and args.ask is None:
+        sys.exit("--strength takes several numbers with --ask alone: measure one after the other")
+    if args.strength != (1.0,) and (args.run is None or args.checkpoints):
+        sys.exit("--strength scales the vectors of a run, and goes not with --checkpoints")
+    if args.benchmarks and args.data:
+        sys.exit("give either --benchmarks or --data")
+    if args.checkpoints and (args.run is None or args.model):
+        sys.exit("--checkpoints wants a run folder of train.py --keep-every N, and no --model")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        sys.exit("evaluate.py runs as one process, not under torchrun; --tensor-parallel N spreads vLLM over N GPUs")
 
 
 def parse_layers(text: str, depth: int) -> list[int]:
@@ -255,3 +276,11 @@ def told_how_to_go_on(run):
         if (run.out / "state.pt").exists():
             why += f"; the same command with --resume goes on from the last finished step in {run.out}"
         sys.exit(why)
+
+
+def folders_of(run: Path) -> dict[int, Path]:
+    """{steps done: folder} of the checkpoints, and of the run itself, whose step is the last."""
+    found = {int(path.name): path for path in sorted((run / "checkpoints").glob("[0-9]*")) if path.name.isdigit()}
+    if not found:
+        sys.exit(f"no checkpoints in {run}: train with --keep-every N, for example 53 as the authors")
+    return found | {state_of(run / "state.pt")["step"]: run}

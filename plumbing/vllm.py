@@ -178,6 +178,14 @@ class VLLM:
         weights = [(name, weight.detach()) for name, weight in llm.named_parameters()]
         self._change("reload_weights", kwargs={"weights_iterator": weights})
 
+    def close(self) -> None:
+        """Stop the engine and give its memory back: one process can then start another."""
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        self.engine.llm_engine.engine_core.shutdown()
+        del self.engine
+        cleanup_dist_env_and_memory()
+
     def _change(self, method, **what) -> None:
         """Change the engine, and drop its prefix cache: vLLM does not notice that keys and values are now stale."""
         began = time.perf_counter()

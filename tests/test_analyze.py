@@ -2,12 +2,14 @@
 
 import copy
 import dataclasses
+import html
 import itertools
 import json
 import re
 import shutil
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 import tyro
@@ -196,13 +198,29 @@ def test_shift_counts_answers_that_ended(qwen2, tokenizer, tmp_path, texts):
 
 
 def test_the_command_for_the_papers_prompts(runs):
-    """What shift's docstring says reads the first 1,000 problems of that file."""
+    """What shift's docstring says draws 1,000 problems of that file, as shuffle(seed) of the authors' package does."""
     command = re.search(r"`analyze.py (shift RUN --data \S+ --n 1000)`", analyze.shift.__doc__)[1]
     args = tyro.cli(analyze.Config, args=command.replace("RUN", runs["a"]).split())
     assert args.data == "data/deepscaler.jsonl"
-    lab = analyze.open_lab(dataclasses.replace(args, data="data/tiny/train.jsonl", device="cpu"))
-    assert lab.texts.rows == analyze.problems_of("data/tiny/train.jsonl").rows[:1000] and len(lab.texts.rows) == 1000
-    assert lab.about == "tiny; train (n = 1000); seed 0"
+    lines = [row["line"] for row in analyze.problems_of("data/tiny/train.jsonl").rows]
+    drawn = {}
+    for seed in (0, 1):
+        for name in ("shift", "case", "persistence", "attention", "scale"):
+            run = runs["lora" if name == "scale" else "a"]
+            given = dataclasses.replace(args, name=name, runs=(run,), data="data/tiny/train.jsonl", device="cpu")
+            lab = analyze.open_lab(dataclasses.replace(given, seed=seed))
+            drawn[name, seed] = [row["line"] for row in lab.texts.rows]
+            assert lab.about == f"tiny; train-drawn{seed} (n = 1000); seed {seed}"
+        shuffled = datasets.Dataset.from_dict({"line": lines}).shuffle(seed=seed, keep_in_memory=True)["line"]
+        assert all(found == list(shuffled)[:1000] for (_, s), found in drawn.items() if s == seed)
+    assert drawn["shift", 0] != drawn["shift", 1] and len(set(drawn["shift", 0])) == 1000
+    few = analyze.open_lab(dataclasses.replace(args, data="data/tiny/train.jsonl", device="cpu", n=30))
+    assert [row["line"] for row in few.texts.rows] == drawn["shift", 0][:30]  # so kept answers serve a smaller n
+    assert few.sets[0].checksum != analyze.problems_of("data/tiny/train.jsonl").checksum
+    own = analyze.open_lab(dataclasses.replace(args, data=None, device="cpu", n=3))  # held out: the first ones
+    assert own.texts.rows == analyze.problems_of("data/tiny/test.jsonl").rows[:3]
+    sweep = analyze.open_lab(dataclasses.replace(args, name="sites", data="data/tiny/train.jsonl", device="cpu", n=3))
+    assert [row["line"] for row in sweep.sets[0].rows] == lines[:3]  # accuracies, as in evaluate.py
 
 
 # --------------------------------------------------------------------------------------------- persistence, similarity
@@ -815,6 +833,73 @@ def test_lens_of_many_layers(runs, tmp_path):
     assert list(doc["vectors"]) == ["3", "3,20: 3", "3,20: 20"]
 
 
+def test_lens_lists_both_ends(runs, tmp_path, tokenizer):
+    """Of the dot products and of the cosines: B Sec. 4.2 calls a token suppressed by its cosine."""
+    doc = go("lens", runs["a"], out=str(tmp_path), top=4)
+    llm, _ = model.load("tiny", "cpu")
+    U, s = llm.get_output_embeddings().weight[: len(tokenizer)].double(), vector(3, 64, 0.05).double()
+    dot = U @ s
+    for kind, x in (("cosine", dot / U.norm(dim=-1) / s.norm()), ("dot", dot)):
+        order = x.argsort(descending=True).tolist()
+        column = 2 if kind == "cosine" else 1
+        for name, ids in ((kind, order[:4]), (f"lowest {kind}", order[::-1][:4])):
+            listed = doc["vectors"]["3"][name]
+            assert [row[0] for row in listed] == [figures.piece(tokenizer, i) for i in ids]
+            assert [row[column] for row in listed] == pytest.approx(x[ids].tolist(), rel=1e-4)
+    assert "lowest cosine" in (tmp_path / "lens.md").read_text()
+
+
+def test_a_kept_checkpoint_goes_into_every_analysis(runs, tmp_path):
+    """Beside its run, under a name of its own; what it cost are the steps before it."""
+    run = shutil.copytree(runs["a"], tmp_path / "out" / "a")
+    kept = run / "checkpoints" / "00001"
+    kept.mkdir(parents=True)
+    llm, _ = model.load("tiny", "cpu")
+    model.save_vectors(kept / "vectors.safetensors", {3: vector(9, 64, 0.05)}, llm, "tiny", 1)
+    given = (str(run), str(kept))
+    doc = go("lens", *given, out=str(tmp_path / "f"))
+    assert list(doc["vectors"]) == ["a", "a/00001"] and doc["vectors"]["a"] != doc["vectors"]["a/00001"]
+    doc = go("sites", *given, out=str(tmp_path / "f"))
+    assert list(doc["conditions"]) == ["base", "a", "a/00001"]
+    assert (tmp_path / "out" / "answers").is_dir() and not (run / "checkpoints" / "answers").exists()
+    doc = go("transfer", *given, out=str(tmp_path / "f"), recipients=("tiny",))
+    assert doc["donors"] == ["a", "a/00001"]
+    assert doc["recipients"]["tiny"]["accuracies"].keys() == {"base", *doc["donors"]}
+    doc = go("cost", *given, out=str(tmp_path / "f"))
+    assert [doc["runs"][name]["training_seconds"] for name in ("a", "a/00001")] == [7.0, 3.5]
+    for name in ("case", "shift", "persistence", "attention", "patch"):
+        doc = go(name, str(kept), max_tokens=80 if name == "shift" else 3)
+        assert doc["command"].split()[3] == str(kept) and (kept / "figures" / f"{name}.json").is_file()
+    analyze.main(analyze.Config("report", (str(tmp_path / "out"),)))
+    assert "case: " + str(kept) in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_prefix_forces_the_very_token(runs, tmp_path, monkeypatch, tokenizer):
+    """Of a token that is a part of a character no text gives its id back."""
+
+    def again(i):
+        return tokenizer(figures.piece(tokenizer, i), add_special_tokens=False).input_ids
+
+    part = next(i for i in range(len(tokenizer)) if again(i) != [i])
+    monkeypatch.setattr(analyze, "shifts_of", lambda lab, run: ([], 1, [(part, 1)]))
+    asked, real = [], model.Subject.rollouts
+
+    def rollouts(subject, *args, prefix="", **how):
+        found = real(subject, *args, prefix=prefix, **how)
+        asked.append((prefix, found))
+        return found
+
+    monkeypatch.setattr(model.Subject, "rollouts", rollouts)
+    doc = go("prefix", runs["a"], out=str(tmp_path))
+    forced = [found for prefix, found in asked if prefix == [part]]
+    assert len(forced) == 2 and doc["token"] == figures.piece(tokenizer, part)
+    for found in forced:
+        for prompt, completion, text in zip(found.prompts, found.completions, found.texts):
+            assert prompt[-1] == part and text == tokenizer.decode([part, *completion], skip_special_tokens=True)
+    go("prefix", runs["a"], out=str(tmp_path), token="So")  # a text of one's own
+    assert [found.prompts[0][-1:] for prefix, found in asked if prefix == "So"] == [tokenizer("So").input_ids] * 2
+
+
 def test_report(runs, tmp_path):
     folder = tmp_path / "out"
     go("lens", runs["a"], out=str(folder / "a" / "figures"))
@@ -825,6 +910,12 @@ def test_report(runs, tmp_path):
     page = (folder / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 4  # sites: the paper's, too
     assert "In the paper, Qwen2.5-Math-7B" in page
+    for key in ("P4.setup", "P4.text", "P1.text", "B.text", "B.table6"):
+        assert page.count(f"The paper: {html.escape(paper.PAPER[key]['title'])} (") >= 1, key
+    text = page.split("The papers: settings, and numbers in their text")[1]
+    qwen, llama = re.findall(r"<tr>.*?trained_after_attention_pct.*?</tr>", text)  # P4 Sec. 6
+    assert re.findall(r"<td>(.*?)</td>", qwen)[1:] == ["Qwen/Qwen2.5-Math-7B", "38.8", "Sec. 6", "0.6"]
+    assert re.findall(r"<td>(.*?)</td>", llama)[1:] == ["meta-llama/Llama-3.1-8B-Instruct", "19.9", "Sec. 6", "0.1"]
     contents = page.split("<ol>")[1].split("</ol>")[0]  # begins with what is on the page and found
     assert contents.count("<li>") == 3 and "the largest cosine is" in contents
     assert "http" not in page.replace("arxiv", "")
@@ -932,6 +1023,7 @@ def test_the_papers_numbers_are_drawn_by_the_same_functions(tmp_path):
     assert shown(qwen, "base", 'base + "To"', "vector") == [24.8, 35.5, 38.7]
     assert shown(found["prefix", "Llam"]["by_decoding"]["T = 1"], 'base + "Step"') == [13.4]
     assert shown(found["sites", "Qwen"]["conditions"], "base", "layer 25, after attention") == [14.3, 36.2]
+    assert shown(found["sites", "Qwen"]["conditions"], "layer 27, after attention") == [38.8]  # P4 Sec. 6
     assert shown(found["orthogonal", "Qwen"]["conditions"], "14", "14, second orthogonal", "15") == [40.0, 23.2, 39.2]
     qwen, llama = (found["compose", who]["gains"] for who in ("Qwen", "Llam"))
     # against v1's own singles, 34.6 and 35.4

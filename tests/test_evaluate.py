@@ -2,11 +2,15 @@
 
 import json
 import math
+import re
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, rollouts
+import tyro
+from conftest import ROOT, random_llm, rollouts
 
 import evaluate
 import model
@@ -14,6 +18,8 @@ import train
 from data import problems as problem_files
 from data.problems import PAPERS, problems_of
 from evaluate import Estimate
+from plumbing import ask
+from plumbing.files import TINY
 
 SIZE = model.load_config("tiny")
 ALL = problems_of(ROOT / "data/tiny/train.jsonl").rows
@@ -284,14 +290,70 @@ def test_strength_scales_vectors_and_a_lora_once(run):
     assert "| test      | greedy   | steered    | " in text and "| has a box % | cut off % |" in text
 
 
+def test_a_run_in_another_model_of_its_shape(run, tmp_path):
+    """Base and steered answers are those of the other model; the run's own table stays what it was."""
+    other, _ = model.load("tiny", device="cpu")
+    other.get_decoder().norm.weight.data[::2] *= -1
+    unused = shutil.ignore_patterns("*.py", "*.md", "*.jsonl", "*.png")
+    folder = shutil.copytree(TINY, tmp_path / "other", ignore=unused)
+    other.save_pretrained(folder)
+    evaluate.main(config(run, model=str(folder)))
+    vectors, _ = evaluate.vectors_of(run, {"model": "tiny"})
+    subject = model.Subject(name=str(folder), device="cpu", max_tokens=30)
+    rows = problems_of(ROOT / "data/tiny/test.jsonl").rows[:4]
+    kept = {key["vectors"]: (key["name"], found["completions"]) for key, found in stored()}
+    for given in ({}, vectors):
+        said = subject.rollouts(given, rows, 1, 0).texts
+        assert kept[evaluate.identity(given)] == (str(folder), [[text] for text in said])
+    assert kept["none"][1] != kept[evaluate.identity(vectors)][1]
+    assert not (run / "eval.md").exists() and "trained in tiny" in (run / "eval-in-other.md").read_text()
+    narrow = tmp_path / "narrow"
+    random_llm("qwen2").save_pretrained(narrow)
+    with pytest.raises(SystemExit, match="fits a model of width 64 and 28 layers; this one has width 32 and 3 layers"):
+        evaluate.main(config(run, model=str(narrow)))
+
+
+def test_a_kept_checkpoint_is_a_run(run):
+    """Its vectors are measured, its table lies in its folder, its answers beside those of the run."""
+    kept = run / "checkpoints" / "00002"
+    make_run(kept, size=-1.0)
+    (kept / "config.json").unlink()  # it has that of its run
+    found = evaluate.main(config(kept, temperatures=(1.0,)))
+    (base, own), (vectors, _) = stored(), evaluate.vectors_of(kept, evaluate.config_of(kept))
+    assert {base[0]["vectors"], own[0]["vectors"]} == {"none", evaluate.identity(vectors)}
+    assert not torch.equal(vectors[20], evaluate.vectors_of(run, {"model": "tiny"})[0][20])
+    assert own[0]["max_tokens"] == 30 and found["test", 1.0].keys() == {"base", "steered", "difference"}
+    assert (kept / "eval.md").is_file() and not (run / "eval.md").exists()
+    mine = make_run(run.parent / "checkpoints" / "mine")  # a run of its own, whatever the folder around it is called
+    assert evaluate.home_of(run) == run and evaluate.home_of(mine) == mine
+
+
+def test_the_command_for_the_protocol_of_table_4(run, monkeypatch, tmp_path):
+    """B App. E: mean@8 for GSM8K and MATH500 alike, of 500 problems, in 1,024 tokens, of the base model, too."""
+    (command,) = re.findall(r"python evaluate.py out/gsm8k-layerall (.*)", (ROOT / "RESULTS.md").read_text())
+    args = tyro.cli(evaluate.Config, args=[str(run), *command.split()])
+    assert args.problems == 500
+    monkeypatch.setattr(problem_files, "ROOT", tmp_path)
+    (tmp_path / "data").mkdir()
+    for name, samples in (("gsm8k_test", 8), ("math500", 1)):  # as data/prepare.py writes them
+        row = {"problem": "Start with 1, add 1.", "answer": "2", "samples": samples}
+        (tmp_path / "data" / f"{name}.jsonl").write_text((json.dumps(row) + "\n") * 3)
+    found = evaluate.main(replace(args, problems=2, max_tokens=2, device="cpu"))
+    assert {key for key in found if key[0] != "Avg"} == {("gsm8k_test", 1.0), ("math500", 1.0)}
+    for row in (row for key, row in found.items() if key[0] != "Avg"):
+        assert all((row[who]["samples"], row[who]["seeds"]) == (8, 1) for who in ("base", "steered"))
+    assert {key["context"] for key, _ in stored()} == {512}  # the built-in model's own, which is shorter
+    assert model.Subject.of_run({"model": "tiny"}, replace(args, context=300)).context == 300
+
+
 def test_what_is_written_to_the_terminal_is_what_is_measured(run, monkeypatch, capsys):
     """Token for token, greedy and sampled; coloured is what the base model, given the same text, would not write."""
     evaluate.main(config(run, temperatures=(0.0, 1.0)))
     rows = problems_of(ROOT / "data/tiny/test.jsonl").rows[:4]
     vectors, _ = evaluate.vectors_of(run, {"model": "tiny"})
     llm, tokenizer = model.load("tiny", device="cpu")
-    spoken, real = [], evaluate.speak
-    monkeypatch.setattr(evaluate, "speak", lambda *args: spoken.append(real(*args)))
+    spoken, real = [], ask.speak
+    monkeypatch.setattr(ask, "speak", lambda *args: spoken.append(real(*args)))
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     monkeypatch.delenv("NO_COLOR", raising=False)
     capsys.readouterr()
@@ -440,8 +502,10 @@ def test_errors_give_one_line(tmp_path):
         (tmp_path / folder / "config.json").write_text(json.dumps({"model": "tiny", "method": method}))
     (tmp_path / "full" / "weights").mkdir()
     for wrong, message in [
-        ({}, "either a run folder"),
-        ({"run": "x", "model": "tiny"}, "either a run folder"),
+        ({}, "give a run folder .* or a base model"),
+        ({"run": "x", "model": "tiny"}, "no run in x"),
+        ({"run": "x", "model": "tiny", "checkpoints": True}, "--checkpoints wants .* no --model"),
+        ({"run": str(tmp_path / "full"), "model": "tiny"}, "trained all weights: --strength and --model want vectors"),
         ({"run": str(tmp_path)}, "a run folder of train.py holds config.json"),
         ({"run": str(tmp_path / "full")}, "no weights in .*--resume"),
         ({"run": str(tmp_path / "vector")}, "no vectors in .*--resume"),

