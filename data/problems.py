@@ -133,7 +133,7 @@ def in_chat_template(tokenizer, problem: str, system: str) -> str:
     if in_time := threading.current_thread() is threading.main_thread():  # no other thread can be stopped like this
         signal.signal(signal.SIGALRM, partial(fail, "it takes too long"))
     user, why = {"role": "user", "content": problem}, "it leaves the problem out"
-    together = [user | {"content": f"{system}\n\n{problem}".lstrip()}]
+    together = [user | {"content": f"{system}\n\n{problem}" if system else problem}]
     for messages in ([{"role": "system", "content": system}, user] if system else together, together):
         signal.alarm(PATIENCE * in_time)
         try:
@@ -171,13 +171,13 @@ def prompt_ids(tokenizer, problem: str, system: str | None = None, template: str
     has_bos = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
     # a second BOS in front would change what the model does
     encode = partial(tokenizer, add_special_tokens=template != "native" and not has_bos)
-    after = ""
     if any(token in problem for token in control_tokens(tokenizer)):  # it is text there, and must not end the turn
-        text, problem, after = text.rpartition(problem.strip())
-    ids = encode(text).input_ids
-    if after:
+        before, problem, after = text.rpartition(problem.strip())
+        ids = encode(before).input_ids
         ids += tokenizer(problem, add_special_tokens=False, split_special_tokens=True).input_ids
         ids += tokenizer(after, add_special_tokens=False).input_ids
+    else:
+        ids = encode(text).input_ids
     bos = tokenizer.bos_token_id  # later in the prompt it is fine: SmolLM2's opens every turn of a chat
     assert bos is None or ids[:2] != [bos, bos], "the chat template puts two BOS tokens in front of the prompt"
     return ids

@@ -489,5 +489,8 @@ def test_a_control_token_in_a_problem_is_text(tokenizer, template):
         number = tokenizer.convert_tokens_to_ids(token)
         assert ids.count(number) == plain.count(number)
     assert tokenizer.decode(ids) == tokenizer.decode(plain).replace("What does it mean? ", problem)
+    bare = copy.copy(tokenizer)  # the problem is the end of its prompt
+    bare.chat_template = "{{ messages[-1].content }}"
+    assert bare.decode(prompt_ids(bare, f"  {problem}", system="", template="native")) == f"  {problem}"
     from_file = tokenizer(tokenizer.decode(plain), add_special_tokens=False).input_ids
     assert plain == from_file and tokenizer("<|im_end|>").input_ids == [number]  # the tokenizer is as before
