@@ -5,6 +5,7 @@ The authors' settings are a table in data/paper.json, by model and by the data t
 """
 
 import json
+import os
 import sys
 from contextlib import contextmanager
 from dataclasses import replace
@@ -53,7 +54,7 @@ def check_seed(seed: int) -> None:
 def check(args) -> None:
     """Exit with one line for a setting of train.py that cannot work, before anything is loaded or written."""
     at_least(args, steps=1, prompts=1, samples=2, max_tokens=1, warmup=1, rows=1, context=2, tensor_parallel=1)
-    at_least(args, micro_tokens=1, rank=1, numbers=1, eval_every=1, keep_every=1)
+    at_least(args, micro_tokens=1, rank=1, numbers=1, eval_every=1, keep_every=1, eval_problems=0)
     for name in ("temperature", "lr", "lr_absolute", "clip"):
         value = getattr(args, name)
         if value not in (None, "paper") and not 0 < value < 1e30:  # must be a float32 number
@@ -62,7 +63,8 @@ def check(args) -> None:
     useless = {"lora": ("orthogonal_to", "numbers"), "full": ("site", "where", "orthogonal_to", "init", "numbers")}
     for name in useless.get(args.method, ()):
         if getattr(args, name) != getattr(type(args), name):
-            suits = "vector or tinylora" if name == "numbers" else "vector"
+            suits = {"orthogonal_to": "vector", "init": "vector or lora", "numbers": "vector or tinylora"}
+            suits = suits.get(name, "vector, lora or tinylora")
             sys.exit(f"{flag(name)} goes with --method {suits}, not with {args.method}")
     for name in ("orthogonal_to", "init") if args.numbers or args.method == "tinylora" else ():
         if getattr(args, name):
@@ -200,10 +202,15 @@ def unusual(config: dict) -> list[tuple[str, str]]:
     return [(name, label) for special, name, label in choices if special]
 
 
+def stem_of(model: str) -> str:
+    """A model's name in the name of a folder: "Qwen/Qwen2.5-0.5B" -> "Qwen2.5-0.5B", "a/b.gguf" -> "b"."""
+    return Path(os.path.abspath(model)).name.removesuffix(".gguf")  # abspath: "." has a name, too
+
+
 def name_of_run(args) -> str:
     """The folder's name, from train.py's settings: MODEL-layerLAYER and what is special."""
     what = "full" if args.method == "full" else f"layer{args.layer}"
-    return "-".join([Path(args.model).name.removesuffix(".gguf"), what, *(name for name, _ in unusual(vars(args)))])
+    return "-".join([stem_of(args.model), what, *(name for name, _ in unusual(vars(args)))])
 
 
 def label_of(config: dict) -> str:
