@@ -1,6 +1,6 @@
 """
-Measure a run, or a base model, on problems with known answers, or ask it something. Every accuracy of the project is
-made here: `answers` asks, grades and keeps the answers, `Estimate` is a number with its interval over problems.
+Measure a run, or a base model, on problems with known answers, or ask it something. `answers` asks, grades and keeps
+the answers; `Estimate` is a number with its interval over problems. train.py and analyze.py measure with both, too.
 
 $ python evaluate.py out/tiny-layer27                        # the run and its base model, on data/tiny/test.jsonl
 $ python evaluate.py out/tiny-layer27 --ask "What is 17 + 25?"  # base and steered answer; without a text it asks you
@@ -38,7 +38,7 @@ from plumbing import memory
 from plumbing.ask import speak
 from plumbing.bars import Bar
 from plumbing.files import FAMILY, ROOT, TINY, checksum, config_of, identity, keep, kept, lines_of, write
-from plumbing.settings import Usual, at_least, own_first
+from plumbing.settings import Usual, at_least, own_first, stem_of
 from rewards import grade, last_number_right, no_answer
 
 
@@ -481,6 +481,8 @@ def ask(subject: Subject, vectors: dict, run: dict, args: Config) -> None:
     for x in args.strength if args.run else ():
         speakers["steered" if args.strength == (1.0,) else f"strength {x:g}"] = [(tuned.llm, scaled(vectors, x)), base]
     stop = model.stop_ids(subject.llm, subject.tokenizer)
+    if not args.ask and sys.stdin.isatty():
+        print("Type a question and press Enter; Ctrl-D ends.")
     for number, question in enumerate(filter(str.strip, args.ask or sys.stdin)):
         prompt = subject.prompt({"problem": question.strip()}, args.prefix)
         (seed,) = model.prompt_seeds((args.seeds or (0,))[0], [number])
@@ -522,8 +524,7 @@ def main(args: Config) -> dict | None:
         where += f", strength {strength:g}" if strength != 1 else ""
         what = f"{run['model']}, {where} ({args.run})"
     what += f", answers begin with {args.prefix!r}" if args.prefix else ""
-    name = Path(args.model or "").resolve().name.removesuffix(".gguf")
-    write_tables(rows, what, strength, Path(args.out or args.run or f"out/{name}-base"))
+    write_tables(rows, what, strength, Path(args.out or args.run or f"out/{stem_of(args.model or '')}-base"))
     return rows
 
 
