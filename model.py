@@ -516,8 +516,8 @@ def micro_batches(
     """
     The log-probs of answers under these vectors, a micro-batch at a time: (numbers of its rows, logps, mask).
 
-    rows: those to run, of all in `rolled`; the longest come first. budget: tokens of a micro-batch, at most.
-    recompute, read_once: see memory.plan. logps, mask: see token_logps.
+    vectors: {} for the base model. rows: those to run, of all in `rolled`; the longest come first. budget: tokens of a
+    micro-batch, at most. recompute, read_once: see memory.plan. logps, mask: see token_logps.
     Run the backward pass before the next one is taken: until then the model has the vectors, and its memory is needed.
     """
     lowest, lengths = lowest_trained(vectors), [(len(rolled.prompts[i]), len(rolled.completions[i])) for i in rows]
@@ -528,7 +528,7 @@ def micro_batches(
         found = batches([c if share else p + c for p, c in lengths], budget, prompts)
         for batch in Bar(found, desc="training", unit="micro-batches"):
             batch = [rows[j] for j in batch]
-            states = None if rolled.states is None else (lowest, [rolled.states[i] for i in batch])
+            states = None if rolled.states is None or lowest < 0 else (lowest, [rolled.states[i] for i in batch])
             texts = [rolled.prompts[i] for i in batch], [rolled.completions[i] for i in batch]
             yield batch, *token_logps(llm, *texts, temperature, share=share, states=states)
 

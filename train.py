@@ -192,9 +192,9 @@ def main(args: Config) -> None:
     run = open_run(args)
     args, subject, trained = run.args, run.subject, trained_of(run)
     adam = adam_of(trained.values, trained.rates)
-    first = start(run, trained, adam)
+    start(run, trained, adam)
     with settings.told_how_to_go_on(run):
-        for step in progress(run, first):
+        for step in run.bar:
             batch = batch_of_problems(run.rows, args.prompts, step, args.seed)  # N problems
             with timed("sampling"):  # k answers to each, of the steered model
                 rolled = subject.rollouts(trained.steering, batch, args.samples, **how_to_sample(run, trained, step))
@@ -460,9 +460,12 @@ def open_run(args: Config) -> Run:
     return Run(args, out, fit, held_out, subject, save_every)
 
 
-def start(run: Run, trained, adam: torch.optim.Adam) -> int:
-    """Make the run folder, or with --resume check its settings and load the saved state. Returns the first step."""
-    subject, first = run.subject, 0
+def start(run: Run, trained, adam: torch.optim.Optimizer) -> None:
+    """Make the run folder, or with --resume check its settings and load the saved state; make the progress bar."""
+    subject, first, steps = run.subject, 0, run.args.steps
+    if not isinstance(adam, torch.optim.Adam) and run.args.lr_absolute is None:
+        small = "gradients are about 1e-5 a coordinate, so SGD wants a rate of thousands"
+        sys.exit(f"--lr is a step of Adam; with another optimiser give --lr-absolute ({small})")
     subject.holds = trained.steering
     config = asdict(run.args) | {name: getattr(subject, name) for name in ("template", "system", "device", "dtype")}
     config |= {"sampler": subject.samples_with}  # exits with a line if vLLM cannot hold the vectors
@@ -473,14 +476,7 @@ def start(run: Run, trained, adam: torch.optim.Adam) -> int:
     processes.barrier()  # every process has read the folder before process 0 writes to it
     if rank() == 0:
         settings.begin(run.out, config, first)
-    return first
-
-
-def progress(run: Run, first: int) -> Bar:
-    """The steps to do, with a progress bar."""
-    steps = run.args.steps
     run.bar = Bar(range(first, steps), leave=True, initial=first, total=steps, desc="reward  ?", unit="steps")
-    return run.bar
 
 
 # ------------------------------------------------------------------------------------------------- what a step found

@@ -263,6 +263,20 @@ def test_kept_states_give_the_log_probs_of_whole_texts(dtype, off, how):
     assert difference(swapped) > 2 * off
 
 
+@torch.no_grad()
+def test_micro_batches_without_vectors_are_the_base_models():
+    """As a KL term wants them, from answers of the steered model, whose states were kept."""
+    llm, s, prompts = random_llm(), {2: torch.ones(32, requires_grad=True)}, [[5, 6, 7], [8, 9]]
+    with model.steer(llm, s):
+        done, ended, states = model.sample(llm, prompts, 2, 9, STOP, seed=3, keep=2)
+        steered, _ = model.token_logps(llm, rows := [p for p in prompts for _ in "12"], done)
+    want, mask = model.token_logps(llm, rows, done)
+    assert (steered - want)[mask].abs().mean() > 0.1
+    rolled = model.Rollouts(rows, done, ended, [""] * 4, None, states)
+    for batch, logps, here in model.micro_batches(llm, {}, rolled, [3, 1, 0], 16):
+        torch.testing.assert_close(logps[here], want[batch, : here.shape[1]][here], rtol=1e-4, atol=1e-5)
+
+
 def test_states_are_kept_only_where_they_are_used_and_fit(tmp_path, monkeypatch):
     """The same run with and without."""
     kept, real = [], train.accumulate_gradient
@@ -1011,6 +1025,25 @@ def test_settings_that_cannot_work_give_one_line(tmp_path, changes, message):
     with pytest.raises(SystemExit, match=message):
         train.main(settings(tmp_path / "run", **changes))
     assert not (tmp_path / "run").exists()
+
+
+def test_another_optimiser_wants_a_rate_of_its_own(tmp_path, monkeypatch):
+    """SGD with Adam's rates would run without an error, and leave the vector where it is."""
+
+    def sgd(values, rates):
+        return torch.optim.SGD(
+            [{"params": [s], "lr": r, "highest": r} for s, r in zip(values.values(), rates.values())]
+        )
+
+    monkeypatch.setattr(train, "adam_of", sgd)
+    with pytest.raises(SystemExit, match="another optimiser give --lr-absolute"):
+        train.main(settings(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+    how = dict(steps=1, warmup=1, lr_absolute=3000.0, reward="random")
+    train.main(settings(tmp_path / "run", **how))
+    train.main(settings(tmp_path / "run", **how | {"steps": 2}, resume=True))
+    moved = [row["vector_norm"]["27"] for row in lines(tmp_path / "run/metrics.jsonl")]
+    assert 0.01 < moved[0] < moved[1]
 
 
 def test_ctrl_c_in_the_first_step_promises_nothing(tmp_path, monkeypatch):
