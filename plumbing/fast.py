@@ -187,23 +187,28 @@ def states_by_row(prompts, completions, fed, entering) -> list[tuple[torch.Tenso
 
 
 @contextmanager
+def computing(blocks, function):
+    """Inside the context, every block computes function(its own forward) instead."""
+    for block in blocks:
+        block.forward = function(block.forward)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward  # the class's own is visible again
+
+
+@contextmanager
 def starting_at(blocks, layer: int, h: torch.Tensor | None):
     """Inside the context the decoder starts at this one of its blocks with the states h; the lower ones do nothing."""
     if h is None:
         yield
         return
     handle = blocks[layer].register_forward_pre_hook(lambda module, args: (h,))
-    for block in blocks[:layer]:
-        block.forward = lambda x, *args, **how: x
-    try:
+    with handle, computing(blocks[:layer], lambda forward: lambda x, *args, **how: x):
         yield
-    finally:
-        handle.remove()
-        for block in blocks[:layer]:
-            del block.forward  # the class's own is visible again
 
 
-@contextmanager
 def recomputed(blocks):
     """
     Inside the context these layers keep only their input for the backward pass and are computed again there.
@@ -211,13 +216,7 @@ def recomputed(blocks):
     Memory for the activations of one layer instead of all; costs a second forward pass. Not reentrant: the reentrant
     kind drops gradients where no input needs one, and here a layer's only trainable part is in a hook.
     """
-    for block in blocks:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-    try:
-        yield
-    finally:
-        for block in blocks:
-            del block.forward  # the class's own is visible again
+    return computing(blocks, lambda forward: partial(checkpoint, forward, use_reentrant=False))
 
 
 class ChosenLogps(torch.autograd.Function):

@@ -6,9 +6,7 @@ V vocabulary.
 """
 
 import os
-import resource
 import sys
-from contextlib import suppress
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -36,27 +34,6 @@ def free(device) -> int:
         return there
     except (OSError, StopIteration, ValueError):  # no Linux
         return 8 << 30
-
-
-def start(device="cpu") -> int:
-    """Begin to measure `peak`; returns what is in use now."""
-    if torch.device(device).type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    else:
-        with suppress(OSError):  # no Linux: the peak is that of the whole process
-            Path("/proc/self/clear_refs").write_text("5")
-    return peak(device)
-
-
-def peak(device) -> int:
-    """The most memory that this process has had since `start`."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        status = Path("/proc/self/status").read_text()
-        return 1024 * int(status.split("VmHWM:")[1].split()[0])
-    except (OSError, IndexError):
-        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def heads(config) -> tuple[int, int, int]:
@@ -97,21 +74,15 @@ def head_rows(V: int, device="cpu") -> int:
     return max(1, min(1024, room // (4 * V)))
 
 
-class Plan(NamedTuple):
-    """How a step is trained."""
-
-    share: bool  # a prompt is read once for all of its answers
-    recompute: bool  # layers keep their input alone, and are computed again in the backward pass
-    budget: int  # tokens of a micro-batch
-
-
 ROOM = {"cpu": 2 << 30}  # for activations, at most: more rows at once do not make a CPU faster
 
 
-def plan(llm, lowest: int, lengths: list, budget: int, recompute="auto", read_once="auto") -> Plan:
+def plan(llm, lowest: int, lengths: list, budget: int, recompute="auto", read_once="auto") -> tuple[bool, bool, int]:
     """
-    What to share and to compute again, so that a micro-batch fits into half of what is free.
+    How a step is trained, so that a micro-batch fits into half of what is free: (once, again, tokens of a micro-batch).
 
+    once: a prompt is read once for all of its answers. again: layers keep only their input for the backward pass, and
+    are computed again there.
     lowest: the lowest layer with something trained, -1 for all weights. lengths: (prompt, answer) of every row.
     budget: tokens of a micro-batch, at most. recompute, read_once: "yes", "no", or "auto".
     Smaller micro-batches go before computing again, which costs a forward pass, as long as they have 1,024 tokens and
@@ -124,7 +95,7 @@ def plan(llm, lowest: int, lengths: list, budget: int, recompute="auto", read_on
     # a layer that is computed again would fill a cache of the prompts twice
     if again and once:
         sys.exit("--read-once yes wants --recompute no")
-    return Plan(once, again, budget)
+    return once, again, budget
 
 
 def micro_batch(config, b, device: str, there: int, lowest, longest, budget, recompute="auto") -> tuple[bool, int]:

@@ -13,9 +13,11 @@ at the number of rows, over those of the part. Training needs a forward pass abo
 its activations, the head forward and back.
 """
 
+import resource
 import statistics
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,7 +30,6 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import model  # noqa: E402
 import train  # noqa: E402
 from data.problems import problems_of  # noqa: E402
-from plumbing import memory  # noqa: E402
 from plumbing.files import TINY  # noqa: E402
 
 
@@ -61,6 +62,27 @@ def generate(llm, prompts, k, max_tokens, stop, frozen):
     llm.requires_grad_(False)
     ends = torch.isin(out, torch.tensor(stop, device=out.device))
     return (ends.cumsum(1) - ends.long() == 0).sum().item()
+
+
+def start_of_peak(device="cpu") -> int:
+    """Begin to measure `peak_memory`; returns what is in use now."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with suppress(OSError):  # no Linux: the peak is that of the whole process
+            Path("/proc/self/clear_refs").write_text("5")
+    return peak_memory(device)
+
+
+def peak_memory(device) -> int:
+    """The most memory that this process has had since `start_of_peak`."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(status.split("VmHWM:")[1].split()[0])
+    except (OSError, IndexError):
+        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def step(llm, prompts, k: int, length: int, layer: int) -> float:
@@ -172,7 +194,7 @@ def table(args: Config, llm, prompts, stop, vectors: dict) -> None:
                     trained = {layer: torch.zeros_like(trained[0], requires_grad=True) for layer in range(depth)}
                 states = states_of(llm, rows, completions, n)
                 rolled = model.Rollouts(rows, completions, [True] * len(rows), [""] * len(rows), None, states)
-            before = memory.start()
+            before = start_of_peak()
             began = time.perf_counter()
             if part in lowest:
                 train.accumulate_gradient(llm, trained, rolled, torch.ones(len(rows)), 1.0, 4096)
@@ -184,7 +206,7 @@ def table(args: Config, llm, prompts, stop, vectors: dict) -> None:
             else:
                 with model.steer(llm, vectors):
                     tokens = generate(llm, prompts, k, args.max_tokens, stop, part == "frozen")
-            seconds, peak = time.perf_counter() - began, memory.peak(llm.device) - before
+            seconds, peak = time.perf_counter() - began, peak_memory(llm.device) - before
             line = f"round {i} {part:9}{tokens:7} tokens {seconds:7.2f} s {tokens / seconds:7.0f} tokens/s"
             if part == "sample" or part in lowest:
                 least = least if part in lowest else limit.sampling(prompts, completions)
