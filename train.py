@@ -183,7 +183,6 @@ class Run:
     rows: list[dict]  # problems to train on
     held_out: Problems | None
     subject: Subject  # the model, its sampler, and how it is asked
-    save_every: int  # steps between saved states for --resume
     timeouts: int = field(default_factory=grading_timeouts)  # comparisons that the grader gave up before this step
     bar: Bar | None = None
 
@@ -291,7 +290,8 @@ def save(run: Run, step: int, trained, adam: torch.optim.Adam) -> None:
     """
     if run.args.keep_every and (step + 1) % run.args.keep_every == 0 and rank() == 0:
         trained.write(run.out / "checkpoints" / f"{step + 1:05}", step + 1)
-    if (step + 1) % run.save_every == 0 or step + 1 == run.args.steps:
+    every = 53 if run.args.method == "full" else 1  # 53 as the authors, because the files are large
+    if (step + 1) % every == 0 or step + 1 == run.args.steps:
         if rank() == 0:
             trained.write(run.out, step + 1)
         # written last: --resume counts a step as done once this file is there
@@ -430,7 +430,7 @@ def learning_rates(args: Config, rms: dict, values: dict) -> dict:
 def open_run(args: Config) -> Run:
     """Fill in the defaults, load the problems and the model."""
     settings.check(args)
-    args, problems, save_every, epochs = settings.with_defaults(args)
+    args, problems, epochs = settings.with_defaults(args)
     held_out = problems_of(args.held_out).first(args.eval_problems) if args.held_out and args.eval_problems else None
     if len(problems.rows) < args.prompts:
         sys.exit(f"--prompts {args.prompts}: the data has only {len(problems.rows)} problems")
@@ -457,7 +457,7 @@ def open_run(args: Config) -> Run:
         args = replace(args, lr=config_of(out)["lr"])  # the default depends on --steps, which may be more now
     args = settings.with_rate(args, layers)
     subject.folder = out.parent / "answers"
-    return Run(args, out, fit, held_out, subject, save_every)
+    return Run(args, out, fit, held_out, subject)
 
 
 def start(run: Run, trained, adam: torch.optim.Optimizer) -> None:
@@ -535,10 +535,8 @@ def metrics_of(run: Run, vectors: dict, sums: dict, rolled, right, rewards) -> d
     if "held_out" in sums:
         metrics["held_out"] = sums["held_out"]  # share of right answers to the held-out problems
     if total["compared"]:  # a few 1e-2 nats in bfloat16; a jump means that the sampler has other vectors
-        metrics |= {
-            "mismatch_mean": total["off"] / total["compared"],
-            "mismatch_max": max(part["off_max"] for part in parts),
-        }
+        metrics["mismatch_mean"] = total["off"] / total["compared"]
+        metrics["mismatch_max"] = max(part["off_max"] for part in parts)
     if rolled.logps is not None:
         metrics["weights_clipped"] = total["clipped"] / trained_tokens
     return metrics

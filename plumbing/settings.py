@@ -150,11 +150,11 @@ def recipe(model: str, method: str = "vector", source: str | None = None) -> dic
         found["numbers"] = 13  # arXiv:2602.04118
     if method == "full":
         found["lr_absolute"] = full_rate
-    return found | dict(save_every=53 if method == "full" else 1)  # 53 as the authors: 6 times in their runs
+    return found
 
 
 def with_defaults(args) -> tuple:
-    """(args with every default of the recipe filled in, training problems, steps between saved states, epochs)."""
+    """(args with every default of the recipe filled in, training problems, epochs)."""
     tiny = args.model in FAMILY
     usual = "data/tiny/train.jsonl" if tiny else "data/deepscaler.jsonl"
     if args.data is None and not (ROOT / usual).is_file():
@@ -166,10 +166,10 @@ def with_defaults(args) -> tuple:
         known = "full" in authors(args.model, source)["lr"]
         whose = "the authors' rate for this model" if known else "as usual; the authors' rate for it is not known"
         print(f"all weights: {found['lr_absolute']:g} a step, {whose}")
-    save_every, epochs = found.pop("save_every"), found.pop("epochs")
+    epochs = found.pop("epochs")
     found |= {"data": usual, "recipe": source}
     args = replace(args, **{name: value for name, value in found.items() if getattr(args, name) is None})
-    return args, problems, save_every, epochs
+    return args, problems, epochs
 
 
 def with_rate(args, layers: list[int]):

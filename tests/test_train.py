@@ -349,7 +349,7 @@ def test_rows_without_advantage_are_not_run(monkeypatch):
 
 def test_recipes_of_the_papers():
     """Typed from notes on the authors' configs: 64 answers for three models, 4,096 tokens for Qwen2.5-Math."""
-    usual = {"prompts": 128, "samples": 16, "context": 8192, "epochs": 1, "micro_tokens": 16384, "save_every": 1}
+    usual = {"prompts": 128, "samples": 16, "context": 8192, "epochs": 1, "micro_tokens": 16384}
     usual |= {"held_out": None}  # data/math500.jsonl where it is
     math7b = "Qwen/Qwen2.5-Math-7B"
     for name in ("some/other", "Qwen/Qwen2.5-7B", "Qwen/Qwen2.5-7B-Instruct", "Qwen/Qwen2.5-14B"):
@@ -359,7 +359,7 @@ def test_recipes_of_the_papers():
     for name in ("Qwen/Qwen2.5-1.5B", "Qwen/Qwen2.5-1.5B-Instruct", "meta-llama/Llama-3.1-8B"):
         assert settings_file.recipe(name) == usual | {"samples": 64}
     full = settings_file.recipe(math7b, "full")
-    assert full["lr_absolute"] == 1e-6 and full["save_every"] == 53
+    assert full["lr_absolute"] == 1e-6
     assert settings_file.recipe("Qwen/Qwen2.5-Math-1.5B", "full", "deepscaler")["lr_absolute"] == 2e-6
     llama = usual | {"samples": 64, "context": 1024, "epochs": 2}  # B Table 6 and the configs of GSM8K and MATH
     assert settings_file.recipe("meta-llama/Llama-3.1-8B", source="gsm8k") == llama
@@ -1044,6 +1044,16 @@ def test_another_optimiser_wants_a_rate_of_its_own(tmp_path, monkeypatch):
     train.main(settings(tmp_path / "run", **how | {"steps": 2}, resume=True))
     moved = [row["vector_norm"]["27"] for row in lines(tmp_path / "run/metrics.jsonl")]
     assert 0.01 < moved[0] < moved[1]
+
+
+def test_all_weights_are_saved_every_53_steps_and_vectors_every_step(tmp_path, monkeypatch):
+    saved, trained = [], SimpleNamespace(values={}, write=lambda *where: None)
+    monkeypatch.setattr(processes, "save_state", lambda path, step, *rest: saved.append(step))
+    for method, want in (("full", [53, 106, 120]), ("vector", list(range(1, 121)))):
+        saved.clear()
+        for step in range(120):
+            train.save(SimpleNamespace(args=train.Config(method=method, steps=120), out=tmp_path), step, trained, None)
+        assert saved == want
 
 
 def test_ctrl_c_in_the_first_step_promises_nothing(tmp_path, monkeypatch):
