@@ -25,7 +25,7 @@ from functools import cached_property, partial
 from importlib.util import find_spec
 from pathlib import Path
 from struct import error as StructError
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -41,7 +41,7 @@ from plumbing import fast, gguf_file, memory
 from plumbing.bars import Bar, waiting
 from plumbing.fast import batches
 from plumbing.files import FAMILY, base_checksum, is_gguf, source_of, written
-from plumbing.settings import Usual
+from plumbing.settings import Asking
 from plumbing.vllm import VLLM, VLLM_MODELS
 
 # no such id, no connection; no causal LM; broken file; a package or an architecture that GGUF files need is missing
@@ -356,13 +356,14 @@ def _decode(llm, prompts, k, limits, stop, temperature, seeds, bar):
     mask = torch.cat([mask.repeat_interleave(copies, 0), mask.new_ones(B, C)], 1)  # (B, P + C)
     limit = torch.tensor(limits, device=device).repeat_interleave(k)
     ends = torch.tensor(stop, dtype=torch.long, device=device)
-    tokens = torch.zeros(B, C, dtype=torch.long, device=device)
+    tokens, count = torch.zeros(B, C, dtype=torch.long, device=device), torch.zeros_like(limit)
     going = torch.ones(B, dtype=torch.bool, device=device)  # neither ended nor at its limit
     rows, fed, idle = torch.arange(B, device=device), [], 0  # those still in the batch; in every forward pass
     unfinished = B
     with fast.attending(llm, cache) if shared else nullcontext():
         for t in range(C):
             tokens[rows, t] = token = pick(scores, temperature, noise[t, rows])
+            count += going
             going[rows] &= ~torch.isin(token, ends) & (t + 1 < limit[rows])
             alive = going[rows].nonzero().flatten()
             bar.answered(unfinished, unfinished - len(alive), len(alive) * (C - t - 1))
@@ -375,14 +376,10 @@ def _decode(llm, prompts, k, limits, stop, temperature, seeds, bar):
                 rows, idle = rows[alive], 0
             fed.append(rows)
             scores = forward(tokens[rows, t : t + 1], None if shared else mask[rows, : P + t + 1], length[rows] + t)
-    completions = []
-    for row, n in zip(tokens.tolist(), limit.tolist()):
-        last = next((t for t in range(n) if row[t] in stop), n - 1)
-        completions.append(row[: last + 1])
-    return completions, fed
+    return [row[:n] for row, n in zip(tokens.tolist(), count.tolist())], fed
 
 
-MOVING = 0.25  # what it costs to move the cache together, in forward passes: rows that ended stay until they cost that
+MOVING = 0.25  # taking ended rows out of the cache costs so many forward passes: they stay until they cost as much
 
 
 def uniform(seed: int, *shape: int) -> torch.Tensor:
@@ -397,8 +394,8 @@ def pick(logits: torch.Tensor, temperature: float, noise: torch.Tensor | None = 
     Draw a token a row from softmax(logits / temperature), the argmax at temperature 0. (B, V) -> (B,)
 
     noise: (B,), uniform in [0, 1): the token where the cumulative probability passes it.
-    The sums are float64: in float32, over 152k tokens, they pass many tokens by. First over blocks of `width` tokens,
-    then inside the one that is found, which takes a third of the time of one sum over all.
+    The sums are float64: float32 sums over 152k tokens would skip many of them. They run over blocks of `width` tokens
+    first, then inside the block that was found. That takes a third of the time of one sum over all tokens.
     """
     if temperature == 0:
         return logits.argmax(-1)
@@ -454,9 +451,9 @@ def logits(llm, h: torch.Tensor, exact=False, rows=16384, dtype=torch.float32) -
     """
     The logits of states after the final norm: h (..., D) -> (..., V), fp32, since sums over many tokens follow.
 
-    exact: an fp32 product, too, so that of two bf16 states the small difference stays; `rows` of the head at a time
-    are fp32, never all of it. Without it the product has the model's own dtype, as the sampler's has: training wants
-    the log-probs of the distribution that was sampled from. dtype: None for the model's own.
+    exact: the product is fp32, too, so that the small difference between two bf16 states is not lost; `rows` rows of
+    the head are converted at a time, never all of it. Otherwise the product has the model's own dtype, as in the
+    sampler: training wants the log-probs of the distribution that was sampled from. dtype: None for the model's own.
     """
     head, config = llm.get_output_embeddings(), llm.config.get_text_config()
     cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
@@ -537,22 +534,6 @@ def micro_batches(
 
 
 @dataclass(kw_only=True)
-class Asking:
-    """How a model is asked. train.py, evaluate.py and analyze.py have these settings in common."""
-
-    template: Usual[Literal["native", "qwen-math", "r1"]] = None  # of the prompt: the run's; else native, or r1
-    system: Usual[str] = None              # system message: the run's; else to reason step by step, with a boxed answer
-    context: Usual[int] = None             # tokens of prompt and answer: the model's own, at most 32768
-    max_tokens: Usual[int] = None          # longest answer in tokens: the run's; else what the context leaves
-    sampler: Literal["auto", "hf", "vllm"] = "auto"  # auto: vllm where it is installed beside a CUDA device
-    vllm_memory: float = 0.45              # share of the GPU's memory for vLLM, beside the Hugging Face model
-    tensor_parallel: int = 1               # GPUs that one vLLM engine is spread over
-    rows: int = 512                        # answers sampled at once, but all answers to a prompt together
-    device: str = "auto"                   # cpu, cuda, ...
-    dtype: str = "auto"                    # of the frozen model: float32, bfloat16; vectors are float32
-
-
-@dataclass(kw_only=True)
 class Subject(Asking):
     """A model under test and how it is asked. It is loaded when it is first needed; `key` needs its files alone."""
 
@@ -596,7 +577,7 @@ class Subject(Asking):
 
     @property
     def key(self) -> dict:
-        """What its answers depend on, from files alone; of a hub model the commit."""
+        """What its answers depend on, from files alone. Of a hub model the commit stands for the weights."""
         names = ("name", "template", "system", "context", "max_tokens", "dtype")
         weights = base_checksum(self.wanted_weights)
         return {name: getattr(self, name) for name in names} | {"weights": weights, "sampler": self.samples_with}
@@ -751,13 +732,14 @@ def save_vectors(path, vectors: dict, llm, model: str, step: int) -> None:
 
 def load_vectors(path, config, model: str | None = None) -> tuple[dict, dict[str, str]]:
     """
-    Read what save_vectors wrote: ({place: fp32 tensor on the CPU}, metadata).
+    Read what save_vectors wrote: ({place: fp32 tensor on the CPU}, metadata). path: of a file, or of a run folder.
 
     config: of the model that gets them (llm.config).
     model: the name they were trained for; None allows another model of the same width and depth (transfer).
-    Exits with one line when the file is none or does not fit.
+    Exits with one line when there is no such file, or when it does not fit.
     """
-    if not Path(path).is_file():
+    path = Path(path, "vectors.safetensors") if Path(path).is_dir() else Path(path)
+    if not path.is_file():
         sys.exit(f"no vectors at {path}: train some first, for example `python train.py --layer 27`")
     try:
         with safe_open(path, "pt") as file:

@@ -53,7 +53,7 @@ from rewards import grade, grading_timeouts, no_answer
 
 @own_first
 @dataclass
-class Config(model.Asking):
+class Config(settings.Asking):
     """Where a comment gives two defaults, the first is the built-in model's, the second that of real models."""
 
     layer: str = "27"                   # layers that get a vector, 0-based: 27, -1 (the last), 3,14 or all
@@ -350,13 +350,9 @@ def trained_of(run: Run):
     return Few(made, run) if run.args.numbers else made
 
 
-def vectors_in(folder: str, llm) -> dict:
-    return model.load_vectors(Path(folder) / "vectors.safetensors", llm.config)[0]
-
-
 def earlier_directions(args, llm, places: list) -> dict:
     """{place: (n, D) orthonormal rows that span the vectors of the --orthogonal-to runs there}."""
-    runs = {run: vectors_in(run, llm) for run in args.orthogonal_to}
+    runs = {run: model.load_vectors(run, llm.config)[0] for run in args.orthogonal_to}
     found = {}
     for place in places if runs else ():
         for run, vectors in runs.items():
@@ -387,7 +383,7 @@ def start_values(args: Config, llm, rms: dict) -> tuple[dict, dict]:
     uniform in +- 1 / sqrt(F), because they chose the rates for that. --init takes the run's tensors instead.
     """
     draw, values = torch.Generator().manual_seed(args.seed), {}
-    given = vectors_in(args.init, llm) if args.init else {}
+    given = model.load_vectors(args.init, llm.config)[0] if args.init else {}
     for place, size in rms.items():
         module, matrix = model.site_module(llm, place), model.split(place).matrix
         s = torch.zeros(getattr(module, "out_features", llm.config.hidden_size))

@@ -15,9 +15,10 @@ COLOUR = "\033[30;43m{}\033[0m"  # black on yellow
 @torch.no_grad()
 def speak(models: list[tuple], tokenizer, prompt, limit: int, stop: list[int], temperature=0.0, seed=0) -> list[int]:
     """
-    Decode and print an answer of the first (llm, vectors), that of `model.sample` for k = 1; returns its tokens.
+    Print an answer of the first model while it is decoded; returns its tokens, those of `model.sample` for k = 1.
 
-    On a terminal those are in colour where the last model, given the same text and random number, takes another.
+    models: [(llm, vectors), ...]. On a terminal a token is in colour where the last of them would have chosen another
+    one, from the same text and the same random number.
     """
     colour = COLOUR if sys.stdout.isatty() and not os.environ.get("NO_COLOR") else "{}"
     caches, noise, ids, shown, changed = [DynamicCache() for _ in models], model.uniform(seed, limit, 1), [], "", False

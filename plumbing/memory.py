@@ -55,8 +55,8 @@ def activation_bytes(config, b: int, weights=False) -> int:
     What the backward pass of one layer keeps of one token: 8 D + (4 H E + 3 F) b.
 
     Two norms keep their input in float32, attention its queries, keys, values and result, the MLP gate, its
-    activation and up. Qwen2.5-0.5B (D 896, H E 896, F 4,864) in bfloat16: 43,520. weights: theirs are trained, too,
-    so that every linear module keeps its input: (2 D + F) b more.
+    activation and up. Qwen2.5-0.5B (D 896, H E 896, F 4,864) in bfloat16: 43,520. weights: all weights are trained;
+    then every linear module keeps its input, too: (2 D + F) b more.
     """
     config, (H, _, E) = config.get_text_config(), heads(config)
     D, F = config.hidden_size, getattr(config, "intermediate_size", None) or 4 * config.hidden_size

@@ -1,5 +1,6 @@
 """
-Settings of train.py: defaults for each model, checks, the name of a run, and what a resumed run must not change.
+Settings: how a model is asked (Asking); of train.py the defaults for each model, checks, the name of a run, and what a
+resumed run must not change.
 
 The authors' settings are a table in data/paper.json, by model and by the data that they trained it on.
 """
@@ -8,9 +9,9 @@ import json
 import os
 import sys
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import torch
 import tyro
@@ -31,6 +32,22 @@ def own_first(config):
     all_fields = config.__dataclass_fields__
     config.__dataclass_fields__ = {name: all_fields[name] for name in [*config.__annotations__, *all_fields]}
     return config
+
+
+@dataclass(kw_only=True)
+class Asking:
+    """How a model is asked. train.py, evaluate.py and analyze.py have these settings in common."""
+
+    template: Usual[Literal["native", "qwen-math", "r1"]] = None  # of the prompt: the run's; else native, or r1
+    system: Usual[str] = None              # system message: the run's; else to reason step by step, with a boxed answer
+    context: Usual[int] = None             # tokens of prompt and answer: the model's own, at most 32768
+    max_tokens: Usual[int] = None          # longest answer in tokens: the run's; else what the context leaves
+    sampler: Literal["auto", "hf", "vllm"] = "auto"  # auto: vllm where it is installed beside a CUDA device
+    vllm_memory: float = 0.45              # share of the GPU's memory for vLLM, beside the Hugging Face model
+    tensor_parallel: int = 1               # GPUs that one vLLM engine is spread over
+    rows: int = 512                        # answers sampled at once, but all answers to a prompt together
+    device: str = "auto"                   # cpu, cuda, ...
+    dtype: str = "auto"                    # of the frozen model: float32, bfloat16; vectors are float32
 
 
 def flag(name: str) -> str:

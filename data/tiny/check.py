@@ -50,7 +50,7 @@ def trained(out: Path, layer: str, seed: int, **changes) -> dict[int, torch.Tens
     run = out / f"layer{layer}{changed}-seed{seed}"
     settings = train.Config(layer=layer, seed=seed, eval_problems=0, out=str(run), **changes)
     train.main(replace(settings, resume=(run / "state.pt").is_file()))
-    return model.load_vectors(run / "vectors.safetensors", model.load_config("tiny"), "tiny")[0]
+    return model.load_vectors(run, model.load_config("tiny"), "tiny")[0]
 
 
 def draw_curves(out: Path, names: list[str], seeds) -> None:
