@@ -54,41 +54,39 @@ from rewards import grade, grading_timeouts, no_answer
 @own_first
 @dataclass
 class Config(settings.Asking):
-    """Where a comment gives two defaults, the first is the built-in model's, the second that of real models."""
-
     layer: str = "27"                   # layers that get a vector, 0-based: 27, -1 (the last), 3,14 or all
-    model: str = "tiny"                 # the built-in model, a local folder, a .gguf file or a hub id; kept frozen
+    model: str = "tiny"                 # tiny (the built-in model), a local folder, a .gguf file or a hub id; frozen
     method: Literal["vector", "lora", "tinylora", "full"] = "vector"  # vectors, LoRA, TinyLoRA or all weights
     site: str = "end"                   # input-norm, attention, post-attention-norm, end, or a module's path
-    where: Literal["all", "answer"] = "all"  # positions that get it: all, or only those that predict the answer
-    rank: int = 1                       # of a LoRA (--site end: on mlp.down_proj)
+    where: Literal["all", "answer"] = "all"  # positions that get the vector: all, or only those that predict the answer
+    rank: int = 1                       # rank of a LoRA; with --site end it is on mlp.down_proj
     numbers: Usual[int] = None          # train only this many numbers; a fixed random map makes the vector from them
     orthogonal_to: tuple[str, ...] = ()  # keep the vector orthogonal to the vectors of these runs
     init: Usual[str] = None             # start from this run's vectors; those that are not trained here stay fixed
-    data: Usual[str] = None             # jsonl of training problems: data/tiny/train.jsonl; data/deepscaler.jsonl
-    recipe: Usual[str] = None           # take the authors' settings for this data: the data file's source; deepscaler
-    held_out: Usual[str] = None         # problems to compare on at the end: data/tiny/test.jsonl; data/math500.jsonl
-    steps: Usual[int] = None            # RLOO updates: 40; one epoch, 314 on DeepScaleR
-    prompts: Usual[int] = None          # N, problems per step: 16; 128
-    samples: Usual[int] = None          # k, answers to each problem: 16; 16 or 64, as the authors
-    context: Usual[int] = None          # most tokens of prompt and answer: 512; 4096 (Qwen2.5-Math) or 8192
-    max_tokens: Usual[int] = None       # most tokens of an answer: 80; what the context leaves
-    lr: Usual[float | Literal["paper"]] = None  # share of RMS(h_l), see learning_rates: 0.06; the authors' rate, if any
-    lr_absolute: Usual[float] = None    # Adam's rate itself, instead of --lr; for full: 3e-4; the authors' or 1e-6
-    warmup: Usual[int] = None           # steps in which the rate rises to its value: 3; 3 % of an epoch
-    clip: float = 2.0                   # largest norm of the gradient of all vectors together
-    temperature: float = 1.0            # of the sampler, and of the logits in training (paper: 1)
-    reward: Literal["verify", "sign", "random"] = "verify"  # 1 or 0 by Math-Verify; 1 or -1 (authors); a coin
+    data: Usual[str] = None             # jsonl to train on; tiny: data/tiny/train.jsonl, else data/deepscaler.jsonl
+    recipe: Usual[str] = None           # the authors' settings for this data; default: the data's source or deepscaler
+    held_out: Usual[str] = None         # jsonl to measure on; tiny: data/tiny/test.jsonl, else data/math500.jsonl
+    steps: Usual[int] = None            # RLOO updates; tiny: 40, else one epoch, 314 on DeepScaleR
+    prompts: Usual[int] = None          # N, problems per step; tiny: 16, else 128
+    samples: Usual[int] = None          # k, answers to each problem; tiny: 16, else 16 or 64, as the authors
+    context: Usual[int] = None          # most tokens of prompt and answer; tiny: 512, else 4096 (Qwen2.5-Math) or 8192
+    max_tokens: Usual[int] = None       # most tokens of an answer; tiny: 80, else what the context leaves
+    lr: Usual[float | Literal["paper"]] = None  # share of RMS(h_l); tiny: 0.06, else the authors' rate, if any
+    lr_absolute: Usual[float] = None    # Adam's rate itself, instead of --lr; full: tiny 3e-4, the authors' or 1e-6
+    warmup: Usual[int] = None           # steps in which the rate rises to its value; tiny: 3, else 3 % of an epoch
+    clip: float = 2.0                   # the gradient of all vectors together is clipped to this norm
+    temperature: float = 1.0            # of the sampler, and of the logits in training (papers: 1)
+    reward: Literal["verify", "sign", "random"] = "verify"  # 1 or 0 by Math-Verify; sign: 1 or -1; random: a coin
     weight_cap: float = 2.0             # cap on pi/mu per token sampled by vLLM; 0 turns the correction off
     recompute: Literal["auto", "yes", "no"] = "auto"  # recompute layers in the backward pass; auto: if memory is short
     read_once: Literal["auto", "yes", "no"] = "auto"  # read a prompt once for its k answers; auto: unless recomputed
     reuse: Literal["auto", "yes", "no"] = "auto"  # reuse the hidden states of sampling; auto: if memory allows
-    micro_tokens: Usual[int] = None     # tokens of a training forward pass, with padding: 4096; 16384
+    micro_tokens: Usual[int] = None     # tokens of a training forward pass, with padding; tiny: 4096, else 16384
     eval_problems: int = 400            # held-out problems for the comparison at the end; 0: none
-    eval_every: Usual[int] = None       # also measure on them every so many steps: points on the reward curve
+    eval_every: Usual[int] = None       # also measure on them every so many steps: the squares in reward.png
     keep_every: Usual[int] = None       # keep a checkpoint every so many steps, for evaluate.py --checkpoints
-    seed: int = 0                       # of the order of the problems, the rollouts and the held-out samples
-    out: Usual[str] = None              # run folder: out/MODEL-layerLAYER and what is special
+    seed: int = 0                       # seed of the order of the problems, of the rollouts and of the held-out samples
+    out: Usual[str] = None              # run folder; default: out/MODEL-layerLAYER and what is special
     resume: bool = False                # go on with the run in that folder
 
 

@@ -42,12 +42,12 @@ class Asking:
     system: Usual[str] = None              # system message: the run's; else to reason step by step, with a boxed answer
     context: Usual[int] = None             # tokens of prompt and answer: the model's own, at most 32768
     max_tokens: Usual[int] = None          # longest answer in tokens: the run's; else what the context leaves
-    sampler: Literal["auto", "hf", "vllm"] = "auto"  # auto: vllm where it is installed beside a CUDA device
+    sampler: Literal["auto", "hf", "vllm"] = "auto"  # auto: vLLM if it is installed and a GPU is there, else hf
     vllm_memory: float = 0.45              # share of the GPU's memory for vLLM, beside the Hugging Face model
     tensor_parallel: int = 1               # GPUs that one vLLM engine is spread over
-    rows: int = 512                        # answers sampled at once, but all answers to a prompt together
-    device: str = "auto"                   # cpu, cuda, ...
-    dtype: str = "auto"                    # of the frozen model: float32, bfloat16; vectors are float32
+    rows: int = 512                        # most answers sampled at once; all answers to a prompt are sampled together
+    device: str = "auto"                   # cpu, cuda, ...; auto: a GPU if there is one
+    dtype: str = "auto"                    # of the frozen model: float32 or bfloat16; vectors are always float32
 
 
 def flag(name: str) -> str:
