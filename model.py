@@ -345,7 +345,8 @@ def _decode(llm, prompts, k, limits, stop, temperature, seeds, bar):
     llm.answer_positions = torch.arange(P, device=device).expand(ids.shape) == P - 1  # for "@answer", here and below
     scores = forward(ids, mask, positions).repeat_interleave(copies, 0)
     if not fast.filled(cache):
-        sys.exit(f"models of the type {llm.config.model_type} do not keep what they have read in transformers' cache")
+        kind = f"models of the type {llm.config.model_type}"
+        sys.exit(f"{kind} cannot be sampled here: they do not keep what they have read in transformers' cache")
     llm.answer_positions = torch.ones(1, 1, device=device)
     length = mask.sum(1, keepdim=True).repeat_interleave(copies, 0)  # (B, 1) of the row's prompt
     shared = fast.plain(llm, cache) and fast.takes_attention(llm)
@@ -565,14 +566,14 @@ class Subject(Asking):
     @property
     def samples_with(self) -> str:
         """ "hf", or "vllm"; exits with a line where vLLM cannot hold the vectors. auto: vLLM where all suits it."""
-        foreign = [place for place in self.holds if engine_site(place) is None]
         if self.sampler == "auto":
             here = self.device.startswith("cuda") and find_spec("vllm") and not is_gguf(self.name)
-            return "vllm" if here and self.config.architectures[0] in VLLM_MODELS and not foreign else "hf"
-        if self.sampler == "vllm" and foreign:
-            sys.exit(f"--sampler vllm: a vector at {foreign[0]} is no bias of vLLM's layers; use --sampler hf")
-        if self.sampler == "vllm" and is_gguf(self.name):
-            sys.exit("--sampler vllm: vLLM reads no .gguf file; use --sampler hf")
+            fits = self.config.architectures[0] in VLLM_MODELS and all(map(engine_site, self.holds))
+            return "vllm" if here and fits else "hf"
+        if self.sampler == "vllm":
+            engine_tensors(self.holds)  # exits for a vector that is none of vLLM's
+            if is_gguf(self.name):
+                sys.exit("--sampler vllm: vLLM reads no .gguf file; use --sampler hf")
         return self.sampler
 
     @property

@@ -547,7 +547,7 @@ def some_samples(step: int, batch: list[dict], texts: list[str], rewards: torch.
 
 def held_out_accuracy(run: Run, vectors: dict, step: int) -> dict[str, float]:
     """
-    At the steps of --eval-every {"held_out": share of right answers to the held-out problems, one each at T = 1}.
+    {"held_out": share of right answers to the held-out problems, one each at T = 1}; {} between the --eval-every steps.
 
     The random numbers are those of the comparison at the end. Every process has to call it.
     """

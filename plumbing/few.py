@@ -98,7 +98,8 @@ def tiny_lora(llm, made, u: int, draw: torch.Generator) -> dict:
         A.copy_(normalize(U.T @ W))
         maps[place.replace("lora_A", "lora_B")] = torch.stack(US_P).to(A)
     if u > len(maps) * r * r:
-        sys.exit(f"--numbers {u}: {len(maps)} x rank {r} squared has fewer; give --layer all or a higher --rank")
+        most = f"{len(maps)} LoRAs of rank {r} are made from at most {len(maps) * r * r}"
+        sys.exit(f"--numbers {u}: {most}; give --layer all or a higher --rank")
     return maps
 
 

@@ -108,7 +108,7 @@ def micro_batch(config, b, device: str, there: int, lowest, longest, budget, rec
 
 # ------------------------------------------------------------------------------------------- said before a run starts
 
-PROMPT = 256  # tokens of a prompt, as a guess: before the model is loaded no prompt has been read
+PROMPT = 256  # tokens of a prompt, a guess: no prompt has been read before the model is loaded
 
 
 class Job(NamedTuple):
@@ -157,7 +157,7 @@ def estimate(config, b: int, device: str, there: int, job: Job) -> Estimate:
     once = int(PROMPT * (1 - 1 / job.k))  # what a row saves if a prompt is there once for its k answers
     if left < 0 and n * b < there:
         ways = "lower --vllm-memory" if job.vllm else "use more processes (torchrun)"
-        hints.append(f"what is there all the time: {ways}")
+        hints.append(f"what stays in memory all the time: {ways}")
     if not job.vllm:
         most = int(0.7 * left / (token * job.tokens))  # as in model.sample
         if most < job.k:
@@ -194,8 +194,9 @@ def say(subject, k: int, context: int, **training) -> None:
     parts = [f"{what} {size / 1e9:.1f}" for part in found[:3] for what, size in part.items()]
     print(f"memory in GB, at most: {'; '.join(parts)}; at once {found.most / 1e9:.1f}, free {there / 1e9:.1f}")
     if found.always["weights"] > there and (device == "cuda" or sys.platform == "linux"):  # elsewhere `free` guesses
-        way = "; --dtype bfloat16 halves them" if b == 4 else ""
-        sys.exit(f"the weights of {subject.name} do not fit: {parts[0].split()[-1]} GB of {there / 1e9:.1f}{way}")
+        way = "; --dtype bfloat16 halves that" if b == 4 else ""
+        size = f"they take {parts[0].split()[-1]} GB, and {there / 1e9:.1f} are free"
+        sys.exit(f"the weights of {subject.name} do not fit: {size}{way}")
     for hint in found.hints:
         print(f"this may not fit: {hint}")
 

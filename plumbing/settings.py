@@ -20,7 +20,7 @@ from data.problems import Problems, problems_of
 from plumbing.files import FAMILY, ROOT, config_of, lines_of, write
 
 T = TypeVar("T")
-# an option that may be left out: its comment says what happens then, so --help adds no "(default: None)"
+# an option that may be left out. Its comment says what happens then, so --help does not add "(default: None)"
 Usual = Annotated[T | None, tyro.conf.arg(help_behavior_hint="")]
 
 # settings that change no number: a resumed run or a kept result may differ in them

@@ -174,6 +174,6 @@ def test_names_say_how_many_numbers():
 def test_more_numbers_than_there_are_give_one_line():
     with pytest.raises(SystemExit, match="--numbers 33: a vector there has 32 numbers"):
         few(numbers=33)
-    with pytest.raises(SystemExit, match="--numbers 13: 3 x rank 2 squared has fewer; give --layer all or a higher"):
+    with pytest.raises(SystemExit, match="--numbers 13: 3 LoRAs of rank 2 are made from at most 12; give --layer all"):
         few(layer="all", method="tinylora", rank=2, numbers=13)
     assert numbers.orthonormal(32, 32, torch.Generator()).shape == (32, 32)
