@@ -47,7 +47,7 @@ from plumbing.few import Few
 from plumbing.figures import plot_reward
 from plumbing.files import FAMILY, append, config_of, lines_of
 from plumbing.processes import SECONDS, AllWeights, all_gather, rank, shard, timed
-from plumbing.settings import Usual, authors_rate, own_first, parse_layers
+from plumbing.settings import Several, Usual, authors_rate, own_first, parse_layers
 from rewards import grade, grading_timeouts, no_answer
 
 
@@ -61,7 +61,7 @@ class Config(settings.Asking):
     where: Literal["all", "answer"] = "all"  # positions that get the vector: all, or only those that predict the answer
     rank: int = 1                       # rank of a LoRA; with --site end it is on mlp.down_proj
     numbers: Usual[int] = None          # train only this many numbers; a fixed random map makes the vector from them
-    orthogonal_to: tuple[str, ...] = ()  # keep the vector orthogonal to the vectors of these runs
+    orthogonal_to: Several[str] = ()    # keep the vector orthogonal to the vectors of these runs
     init: Usual[str] = None             # start from this run's vectors; those that are not trained here stay fixed
     data: Usual[str] = None             # jsonl to train on; tiny: data/tiny/train.jsonl, else data/deepscaler.jsonl
     recipe: Usual[str] = None           # the authors' settings for this data; default: the data's source or deepscaler

@@ -22,6 +22,7 @@ from plumbing.files import FAMILY, ROOT, config_of, lines_of, write
 T = TypeVar("T")
 # an option that may be left out. Its comment says what happens then, so --help does not add "(default: None)"
 Usual = Annotated[T | None, tyro.conf.arg(help_behavior_hint="")]
+Several = Annotated[tuple[T, ...], tyro.conf.arg(help_behavior_hint="")]  # the same for a list, empty if it is left out
 
 # settings that change no number: a resumed run or a kept result may differ in them
 CHANGE_NO_NUMBER = ("device", "sampler", "vllm_memory", "tensor_parallel", "rows", "out")
