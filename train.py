@@ -489,8 +489,7 @@ def log(run: Run, step: int, vectors: dict, sums: dict, batch, rolled, right, re
         append(run.out / "samples.jsonl", some_samples(step, batch, rolled.texts, rewards))
     append(run.out / "metrics.jsonl", [metrics])
     if step == run.bar.initial and metrics["truncated"] > 0.9:
-        cut = f"{100 * metrics['truncated']:.0f} % of the answers are cut off"
-        run.bar.write(f"{cut}: raise --context or --max-tokens")
+        run.bar.write(f"{100 * metrics['truncated']:.0f} % of the answers are cut off: raise --context or --max-tokens")
 
 
 def metrics_of(run: Run, vectors: dict, sums: dict, rolled, right, rewards) -> dict:

@@ -28,7 +28,7 @@ import train
 from data.problems import Problems, problems_of
 from evaluate import Estimate, answers, summary
 from model import Subject
-from plumbing.figures import ERROR_BARS, draw_figure, line
+from plumbing.figures import BANDS, draw_figure, line
 from plumbing.files import TINY, lines_of, weights_digest
 from plumbing.settings import Usual, recipe
 
@@ -66,15 +66,14 @@ def draw_curves(out: Path, names: list[str], seeds) -> None:
 
 
 def draw_rates(found: dict[str, dict[float, Estimate]], path: Path) -> None:
-    """Accuracy against the learning rate, dots for each layer. found: {layer: {rate: accuracy}}."""
+    """Accuracy against the learning rate, a line for each layer. found: {layer: {rate: accuracy}}."""
     series = []
-    for name, by_rate in found.items():
-        estimates = [right.json() for right in by_rate.values()]
-        series.append(line(f"layer {name}", by_rate, estimates, None) | {"full": [True] * len(estimates)})
-    ticks = {lr: f"{lr:g}" for lr in sorted(by_rate)}
-    panel = dict(form="dots", series=series, ticks=ticks, y=(0, 100), log_x=True)
+    for i, (name, by_rate) in enumerate(found.items()):
+        rows = [by_rate[lr].json() for lr in sorted(by_rate)]
+        series.append(line(f"layer {name}", range(len(rows)), rows, f"C{i}"))
+    panel = dict(form="lines", series=series, names=[f"{lr:g}" for lr in sorted(by_rate)])
     panel |= dict(xlabel="learning rate as a share of RMS(h)", ylabel="right answers, T = 1 (%)")
-    draw_figure(path, None, [panel], note=ERROR_BARS)
+    draw_figure(path, None, [panel], note=BANDS, floor=0)
 
 
 @dataclass
