@@ -1,6 +1,6 @@
 """
-Settings: how a model is asked (Asking); of train.py the defaults for each model, checks, the name of a run, and what a
-resumed run must not change.
+Settings. How a model is asked (Asking) is common to all three programs. For train.py: the defaults of each model, the
+checks, the name of a run, and what a resumed run must not change.
 
 The authors' settings are a table in data/paper.json, by model and by the data that they trained it on.
 """
