@@ -274,7 +274,7 @@ def test_vllm_takes_only_what_it_can_hold(monkeypatch):
 
     def samples_with(sampler, places, device="cuda:0", architecture="Qwen2ForCausalLM"):
         config = SimpleNamespace(architectures=[architecture], max_position_embeddings=9)
-        how = dict(sampler=sampler, holds=places, device=device)
+        how = dict(sampler=sampler, holds={place: torch.zeros(1) for place in places}, device=device)
         return subject_of(SimpleNamespace(config=config), None, **how).samples_with
 
     held = [27, "3.attention", "3.self_attn.o_proj", "2.mlp.down_proj", "2.lora_A", "2.lora_B"]
