@@ -468,7 +468,7 @@ def start(run: Run, trained, adam: torch.optim.Optimizer) -> None:
     if run.args.resume:
         first = processes.load_state(run.out / "state.pt", trained.values, adam)
         trained.put_back()
-    processes.barrier()  # every process has read the folder before process 0 writes to it
+    all_gather(None)  # a barrier: every process has read the folder before process 0 writes to it
     if rank() == 0:
         settings.begin(run.out, config, first)
     run.bar = Bar(range(first, steps), leave=True, initial=first, total=steps, desc="reward  ?", unit="steps")
