@@ -45,7 +45,21 @@ from evaluate import Estimate, answers, vectors_of
 from model import Subject
 from plumbing.bars import Bar, waiting
 from plumbing.figures import draw, piece, quoted, spread
-from plumbing.files import checksum, config_of, grader, home_of, identity, keep, kept, lines_of, markdown, write
+from plumbing.files import (
+    checksum,
+    config_of,
+    grader,
+    home_of,
+    identity,
+    json_of,
+    keep,
+    kept,
+    lines_of,
+    markdown,
+    one_line,
+    write,
+)
+from plumbing.processes import state_of
 from plumbing.settings import CHANGE_NO_NUMBER, Usual, at_least, check_seed, flag, label_of, own_first
 from rewards import grade
 
@@ -1227,11 +1241,12 @@ def cost(lab: Lab) -> dict:
     found, table, columns = {}, [], {}
     for run in lab.runs:
         home = home_of(run.folder)
-        if not (home / "state.pt").is_file() or not (steps := lines_of(home / "metrics.jsonl")):
+        steps = lines_of(home / "metrics.jsonl", {"seconds_update": float, "seconds_sync": float})
+        if not (home / "state.pt").is_file() or not steps:
             sys.exit(f"{home} has no state.pt or metrics.jsonl of train.py; train it again, or leave it out")
         if home != run.folder:  # of a checkpoint, the steps before it
             steps = steps[: int(run.folder.name)]
-        state = torch.load(home / "state.pt", map_location="cpu", weights_only=True, mmap=True)["trained"]
+        state = state_of(home / "state.pt")["trained"]
         moments = [x for one in state.values() for name, x in one.items() if name != "value"]
         parts = ["seconds_sampling", "seconds_grading", "seconds_training"]
         parts += ["seconds_sync"] * run.full  # the sync of vectors is a part of the sampling
@@ -1244,7 +1259,7 @@ def cost(lab: Lab) -> dict:
             "sampler": run.config.get("sampler"), "label": run.label, "right": {},
         }  # fmt: skip
         file = run.folder / "eval.json"
-        measured = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+        measured = json_of(file, [{"benchmark": str, "temperature": float | int}]) if file.is_file() else []
         names = [m["benchmark"] for m in measured]
         for m in measured:
             if m["benchmark"] == ("Avg" if "Avg" in names else names[0]) and (steered := m.get("steered")):
@@ -1306,6 +1321,7 @@ def command(args: Config) -> str:
     return "python analyze.py " + shlex.join(given)
 
 
+@one_line()
 def main(args: Config) -> dict | None:
     if args.name == "report":
         print(f"wrote {report(Path(args.runs[0] if args.runs else 'out'), list(ANALYSES))}")
@@ -1314,7 +1330,8 @@ def main(args: Config) -> dict | None:
     lab = open_lab(args)
     folder = Path(args.out or (lab.runs[0].folder / "figures" if len(lab.runs) == 1 else "out/figures"))
     path = folder / f"{args.name}.json"
-    doc = None if args.name == "cost" else kept(path, lab.key)  # the key does not know the files that cost reads
+    # the key does not know the files that cost reads
+    doc = None if args.name == "cost" else kept(path, lab.key, {"reading": str, "table": [list]})
     if doc is None:
         about = {"name": args.name, "command": command(args), "about": lab.about}
         with waiting(args.name):

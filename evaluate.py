@@ -36,7 +36,19 @@ from model import Subject
 from plumbing import memory
 from plumbing.ask import ask
 from plumbing.bars import Bar
-from plumbing.files import checksum, config_of, grader, home_of, identity, keep, kept, lines_of, markdown, save_table
+from plumbing.files import (
+    checksum,
+    config_of,
+    grader,
+    home_of,
+    identity,
+    keep,
+    kept,
+    lines_of,
+    markdown,
+    one_line,
+    save_table,
+)
 from plumbing.settings import Usual, check_measuring, folders_of, own_first, stem_of
 from rewards import grade, last_number_right, no_answer
 
@@ -78,7 +90,7 @@ def answers(
     key = subject.key | {"vectors": identity(vectors), "data": problems.checksum, "prefix": prefix}
     key |= {"samples": k, "temperature": temperature, "seed": seed}
     name = f"{problems.name}-T{temperature:g}-seed{seed}-{checksum(json.dumps(key).encode())}.json"
-    found = kept(subject.folder / name, key) or {}
+    found = kept(subject.folder / name, key, {"correct": [list], "completions": [list], "prompt_ids": [list]}) or {}
     done, n = len(found.get("correct", [])), len(problems.rows)
     graders = found.setdefault("grader", [""] * done)
     if done and "form" not in found:  # answers of an earlier version
@@ -335,7 +347,7 @@ def compare_with_base(subject, vectors: dict, problems: Problems, base: str, see
 def unseen(run: Path, config: dict, subject: Subject) -> Problems:
     """Problems of a run's training file that none of its steps drew, at most 400. metrics.jsonl has what was drawn."""
     data = problems_of(config["data"])
-    seen = {line for row in lines_of(run / "metrics.jsonl") for line in row["problems"]}
+    seen = {line for row in lines_of(run / "metrics.jsonl", {"problems": [int]}) for line in row["problems"]}
     asked = partial(prompt_ids, subject.tokenizer, system=config.get("system"), template=config.get("template"))
     every = Bar(data.rows, desc="prompts", unit="problems")
     rows = [row for row in every if row["line"] not in seen and len(asked(row["problem"])) < config["context"]]
@@ -408,6 +420,7 @@ def scaled(vectors: dict, strength: float) -> dict:
     return {place: s if model.split(place).matrix == "lora_A" else strength * s for place, s in vectors.items()}
 
 
+@one_line()
 def main(args: Config) -> dict | None:
     """Returns {(benchmark, temperature): {"base": summary, "steered": summary, "difference": ...}} or `checkpoints`."""
     check_measuring(args)

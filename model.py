@@ -24,11 +24,10 @@ from dataclasses import dataclass, field, fields
 from functools import cached_property, partial
 from importlib.util import find_spec
 from pathlib import Path
-from struct import error as StructError
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
@@ -36,16 +35,13 @@ from torch.utils.checkpoint import checkpoint
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from data.problems import prompt_ids, template_of
+from data.problems import prompt_checksum, prompt_ids, template_of
 from plumbing import fast, gguf_file, memory
 from plumbing.bars import Bar, waiting
 from plumbing.fast import batches
-from plumbing.files import FAMILY, base_checksum, is_gguf, source_of, written
+from plumbing.files import FAMILY, base_checksum, is_gguf, reading, reason, source_of, written
 from plumbing.settings import Asking
 from plumbing.vllm import VLLM, VLLM_MODELS
-
-# no such id, no connection; no causal LM; broken file; a package or an architecture that GGUF files need is missing
-UNREADABLE = (OSError, ValueError, SafetensorError, ImportError, NotImplementedError, KeyError, IndexError, StructError)
 
 # ---------------------------------------------------------------------------------------------------------- the model
 
@@ -65,17 +61,18 @@ def load(name: str = "tiny", device: str = "auto", dtype: str = "auto"):
         if is_gguf(source):
             llm, tokenizer = gguf_file.load(source, **how)
         else:
-            tokenizer = AutoTokenizer.from_pretrained(source)
-            llm = AutoModelForCausalLM.from_pretrained(source, use_safetensors=True, **how)
-    except UNREADABLE as error:
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+            how |= dict(use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True)
+            llm, found = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False, **how)
+            if lost := [*found["missing_keys"], *found["mismatched_keys"]]:  # transformers would make them up
+                raise ValueError(f"{len(lost)} weights are not in its files, or of another shape, such as {lost[0]}")
+            rows = llm.get_input_embeddings().num_embeddings
+            if tokenizer.vocab_size > rows or not tokenizer("1", add_special_tokens=False).input_ids:
+                raise ValueError(f"its tokenizer, of {tokenizer.vocab_size} tokens, is not that of a model of {rows}")
+    except Exception as error:  # a folder may hold anything, and tokenizers raises Exception itself
         sys.exit(cannot_load(name, error))
     llm.config.architectures = [type(llm).__name__]  # files without it are common, vLLM and the exports want it
-    try:
-        torch.zeros(1, device=device).tolist()  # fails on the device "meta", which holds no numbers
-        llm = llm.to(device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch's for a device that is not there
-        sys.exit(f"--device {device}: {(str(error).strip() or repr(error)).splitlines()[0]}")
-    check_family(llm.eval().requires_grad_(False))
+    check_family(llm.to(device).eval().requires_grad_(False))
     return llm, tokenizer
 
 
@@ -97,10 +94,13 @@ def load_config(name: str):
     """The config of a model, from its files alone. name: as for `load`."""
     source = source_of(name)
     try:
-        config = gguf_file.config_of(source) if is_gguf(source) else AutoConfig.from_pretrained(source)
-    except UNREADABLE as error:
+        read = gguf_file.config_of if is_gguf(source) else partial(AutoConfig.from_pretrained, trust_remote_code=False)
+        decoder = type(config := read(source)) in MODEL_FOR_CAUSAL_LM_MAPPING and getattr(config, "is_decoder", True)
+        if not decoder or getattr(config, "num_hidden_layers", 1) < 1:  # of encoders is_decoder is False
+            raise ValueError(f"its config.json is that of no causal language model, but of {config.model_type}")
+    except Exception as error:
         sys.exit(cannot_load(name, error))
-    if not config.architectures and type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if not config.architectures:
         config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__]
     return config
 
@@ -113,6 +113,10 @@ def resolve(device: str, dtype: str, config) -> tuple[str, str]:
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=device).tolist()  # fails on the device "meta", which holds no numbers
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch's for a device that is not there
+        sys.exit(f"--device {device}: {reason(error)}")
     if dtype == "auto":
         dtype = "bfloat16" if device != "cpu" or config.dtype == torch.bfloat16 and native_bfloat16() else "float32"
     if dtype not in ("float32", "bfloat16", "float16"):
@@ -129,8 +133,7 @@ def cannot_load(name: str, error: Exception) -> str:
     wanted = "give 'tiny', a local folder, a .gguf file or a hub id (offline, one that is in the local cache)"
     if is_gguf(name):
         wanted = f"transformers reads GGUF files of {gguf_file.readable()}"
-    reason = (str(error).strip() or repr(error)).splitlines()[0]
-    return f"cannot load the model {name!r}: {wanted}. The reason: {reason}"
+    return f"cannot load the model {name!r}: {wanted}. The reason: {reason(error)}"
 
 
 def stop_ids(llm, tokenizer) -> list[int]:
@@ -615,7 +618,8 @@ class Subject(Asking):
         """What its answers depend on, from files alone. Of a hub model the commit stands for the weights."""
         names = ("name", "template", "system", "context", "max_tokens", "dtype")
         weights = base_checksum(self.wanted_weights)
-        return {name: getattr(self, name) for name in names} | {"weights": weights, "sampler": self.samples_with}
+        also = {"weights": weights, "prompts": prompt_checksum(source_of(self.name)), "sampler": self.samples_with}
+        return {name: getattr(self, name) for name in names} | also
 
     @cached_property
     def loaded(self) -> tuple:
@@ -788,19 +792,17 @@ def load_vectors(path, config, model: str | None = None) -> tuple[dict, dict[str
     path = Path(path, "vectors.safetensors") if Path(path).is_dir() else Path(path)
     if not path.is_file():
         sys.exit(f"no vectors at {path}: train some first, for example `python train.py --layer 27`")
-    try:
-        with safe_open(path, "pt") as file:
-            meta = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except SafetensorError as error:
-        sys.exit(f"{path} is not a safetensors file: {error}")
+    with reading(path, "a safetensors file"), safe_open(path, "pt") as file:
+        meta = file.metadata() or {}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
     missing = [key for key in ("model", "width", "num_layers", "site", "step") if key not in meta]
-    if missing:
+    if missing or not tensors:
+        missing = missing or ["a tensor, too"]
         sys.exit(f"{path} is not a file of steering vectors: its metadata lacks {', '.join(missing)}")
     width, depth = config.hidden_size, config.num_hidden_layers
     if model is not None and meta["model"] != model:
         sys.exit(f"{path} was trained for the model {meta['model']!r}, not for {model!r}")
-    if (int(meta["width"]), int(meta["num_layers"])) != (width, depth):
+    if (meta["width"], meta["num_layers"]) != (str(width), str(depth)):
         fits = f"fits a model of width {meta['width']} and {meta['num_layers']} layers"
         sys.exit(f"{path} {fits}; this one has width {width} and {depth} layers")
     vectors = {}
@@ -813,5 +815,11 @@ def load_vectors(path, config, model: str | None = None) -> tuple[dict, dict[str
             fits = tuple(s.shape) == shapes.get(matrix, (width,))
         if not fits:
             sys.exit(f"{path}: {name} of shape {tuple(s.shape)} does not fit a model of {depth} layers, width {width}")
+        if not s.is_floating_point() or not s.isfinite().all():
+            sys.exit(f"{path}: {name} has entries that are no finite floating-point numbers")
         vectors[int(place) if place.isdigit() else place] = s
+    for place in vectors:
+        A, B = (vectors.get(re.sub("lora_[AB]", name, str(place))) for name in ("lora_A", "lora_B"))
+        if split(place).matrix and (A is None or B is None or len(A) != B.shape[1]):
+            sys.exit(f"{path}: the LoRA at {place} lacks its A or B, or they have different ranks")
     return vectors, meta

@@ -38,14 +38,14 @@ from torch.nn.functional import normalize
 from torch.nn.utils.rnn import pad_sequence
 
 import model
-from data.problems import MATH_PROMPT, Problems, problems_of, template_of
+from data.problems import DAY, MATH_PROMPT, Problems, problems_of, template_of
 from evaluate import compare_with_base
 from model import Subject
 from plumbing import memory, processes, settings
 from plumbing.bars import Bar
 from plumbing.few import Few
 from plumbing.figures import plot_reward
-from plumbing.files import FAMILY, append, config_of, lines_of
+from plumbing.files import FAMILY, append, config_of, lines_of, one_line
 from plumbing.processes import SECONDS, AllWeights, all_gather, rank, shard, timed
 from plumbing.settings import Several, Usual, authors_rate, own_first, parse_layers
 from rewards import grade, grading_timeouts, no_answer
@@ -185,6 +185,7 @@ class Run:
     bar: Bar | None = None
 
 
+@one_line()
 def main(args: Config) -> None:
     run = open_run(args)
     args, subject, trained = run.args, run.subject, trained_of(run)
@@ -432,6 +433,8 @@ def open_run(args: Config) -> Run:
     subject = Subject.of_run({"model": args.model}, replace(args, context=None))
     # exits for a bad --layer before the model is loaded
     layers = [] if args.method == "full" else parse_layers(args.layer, subject.depth)
+    if args.rank > subject.config.hidden_size:
+        sys.exit(f"--rank {args.rank}: a LoRA of this model has at most rank {subject.config.hidden_size}, its width")
     args = replace(args, layer="all") if len(layers) == subject.depth > 1 else args
     args = replace(args, context=min(args.context, subject.context))
     lowest, shared = -1 if args.method == "full" else min(layers), processes.world()[1]
@@ -463,7 +466,7 @@ def start(run: Run, trained, adam: torch.optim.Optimizer) -> None:
         sys.exit(f"--lr is a step of Adam; with another optimiser give --lr-absolute ({small})")
     subject.holds = trained.steering
     config = asdict(run.args) | {name: getattr(subject, name) for name in ("template", "system", "device", "dtype")}
-    config |= {"sampler": subject.samples_with}  # exits with a line if vLLM cannot hold the vectors
+    config |= {"prompt_day": str(DAY), "sampler": subject.samples_with}  # exits if vLLM cannot hold the vectors
     settings.check_folder(run.out, config, run.args.resume)
     if run.args.resume:
         first = processes.load_state(run.out / "state.pt", trained.values, adam)
@@ -567,7 +570,7 @@ def finish(run: Run, vectors: dict) -> None:
     """Compare with the base model on held-out problems, draw reward.png. Process 0 alone."""
     if rank() > 0:
         return
-    history = lines_of(run.out / "metrics.jsonl")
+    history = lines_of(run.out / "metrics.jsonl", {"accuracy": float, "reward_mean": float})
     level = history[0]["accuracy"]  # step 0 samples with zero vectors: the base model, on training problems
     if run.held_out:
         level = compare_with_base(run.subject, vectors, run.held_out, run.args.model, run.args.seed)

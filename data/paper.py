@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from plumbing.figures import draw, quoted
-from plumbing.files import write
+from plumbing.files import fitted, json_of, reading, write
 
 PAPER = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
 MODELS = {  # the tables of each model
@@ -157,11 +157,10 @@ def documents(folder: Path, order: list[str]) -> list[tuple[Path, dict]]:
     found = []
     places = ("figures/*.json", "*/figures/*.json", "*/checkpoints/*/figures/*.json")
     for path in sorted(path for place in places for path in folder.glob(place)):
-        try:
-            saved = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            sys.exit(f"{path} is not JSON ({error}); delete it and run the analysis again")
+        saved = json_of(path, object, "JSON; delete it and run the analysis again")
         if isinstance(saved, dict) and (saved.get("found") or {}).get("name") in order:
+            with reading(path, "a result of analyze.py; delete it"):
+                fitted(saved["found"], {"reading": str, "about": str, "command": str, "table": list})
             found.append((path, saved["found"]))
     return sorted(found, key=lambda item: order.index(item[1]["name"]))
 

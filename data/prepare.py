@@ -30,7 +30,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import rewards  # noqa: E402
-from plumbing.files import write  # noqa: E402
+from plumbing.files import one_line, write  # noqa: E402
 
 HERE = Path(__file__).parent
 SUBJECTS = "algebra counting_and_probability geometry intermediate_algebra number_theory prealgebra precalculus".split()
@@ -113,7 +113,7 @@ def read_file(path: Path) -> list:
                 rows.append(json.loads(line))
     except ImportError as error:
         sys.exit(f"wanted the package pyarrow to read {path}: pip install datasets==5.2.0 ({error})")
-    except ValueError as error:  # of the parquet, the UTF-8 or the JSON
+    except (ValueError, RecursionError) as error:  # of the parquet, the UTF-8 or the JSON
         sys.exit(f"{where}: wanted {path.suffix[1:] or 'jsonl'} ({error})")
     if not isinstance(rows, list):
         sys.exit(f"{path}: wanted a list of rows, got {type(rows).__name__}")
@@ -259,6 +259,7 @@ def prepare(name: str, args: Config) -> None:
     print(f"  wrote {path}: {len(rows)} problems, sha256 {hashlib.sha256(text.encode('ascii')).hexdigest()}")
 
 
+@one_line()
 def main(args: Config) -> None:
     names = list(SOURCES) if args.names == ("all",) else args.names
     unknown = [name for name in names if name not in SOURCES]

@@ -8,15 +8,19 @@ templates (P4 App. K).
 """
 
 import json
+import re
+import signal
 import sys
-from functools import partial
+import threading
+from datetime import date
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
-from jinja2.exceptions import TemplateError
+from plumbing.files import FAMILY, ROOT, TINY, checksum, fitted, reading, reason
 
-from plumbing.files import FAMILY, ROOT, TINY, checksum
-
+PATIENCE = 10  # seconds that a chat template may take
+MOST_SAMPLES = 100_000  # all answers to a problem are decoded together
 PAPERS = ["aime24", "aime25", "amc23", "math500", "minerva", "olympiad"]  # P4's six benchmarks; Avg is their mean
 
 MATH_PROMPT = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -26,6 +30,8 @@ R1_PROMPT = (  # as in arXiv:2503.20783, which P4 follows
     "process is enclosed within <think> </think> and answer is enclosed within <answer> </answer> tags, respectively, "
     "i.e., <think> reasoning process here </think> <answer> answer here </answer>.\nUser: PROBLEM\nAssistant: <think>"
 )
+
+DAY = date(2024, 7, 26)  # that of Llama 3.1's template. Others name today: prompts would change overnight
 
 
 class Problems(NamedTuple):
@@ -45,14 +51,14 @@ def problems_of(path) -> Problems:
         path = here  # the project's own files are found from any working directory
     if not Path(path).is_file():
         sys.exit(f"no problems at {path}: wanted a jsonl file with a problem and an answer in every line")
-    rows, text = [], Path(path).read_text(encoding="utf-8")
+    with reading(path, "UTF-8"):
+        rows, text = [], Path(path).read_text(encoding="utf-8")
     if not text.strip():
         sys.exit(f"{path} is empty: wanted a problem and an answer in every line")
     for number, line in enumerate(text.removesuffix("\n").split("\n"), 1):  # not splitlines: texts may have U+2028
-        try:
+        with reading(f"{path}, line {number}", "JSON"):
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            sys.exit(f"{path}, line {number}: not JSON ({error})")
+            json.dumps(row, ensure_ascii=False).encode()  # a lone surrogate is no text
         if not isinstance(row, dict) or not isinstance(row.get("problem"), str) or "answer" not in row:
             sys.exit(f'{path}, line {number}: wanted {{"problem": text, "answer": ...}}, got {line[:80]}')
         golds = row["answer"] if isinstance(row["answer"], list) else [row["answer"]]
@@ -60,6 +66,10 @@ def problems_of(path) -> Problems:
             sys.exit(f"{path}, line {number}: an answer is a text, a number or a list of them, got {row['answer']!r}")
         rows.append(row | {"answer": [str(a) for a in golds] if len(golds) > 1 else str(golds[0]), "line": number})
     common = {key: rows[0].get(key) for key in ("samples", "source") if len({str(row.get(key)) for row in rows}) == 1}
+    with reading(path, 'a file of problems: "samples" is a number of answers, "source" a text'):
+        fitted(common, {"samples": int | None, "source": str | None})
+    if not 0 < (common.get("samples") or 1) <= MOST_SAMPLES:
+        sys.exit(f"{path}: samples wants 1 to {MOST_SAMPLES} answers to each problem, got {common['samples']}")
     name = Path(path).stem
     return Problems(name, rows, checksum(text.encode()), common.get("samples") or 1, common.get("source"))
 
@@ -91,6 +101,52 @@ def template_of(tokenizer, template: str | None = None) -> str:
     return template or ("native" if tokenizer.chat_template else "r1")
 
 
+@lru_cache
+def dated(chat_template: str) -> str:
+    """A chat template that names DAY where it would ask for today's date."""
+    return re.sub(r"""strftime_now\((["'])(.*?)\1\)""", lambda found: repr(format(DAY, found[2])), chat_template)
+
+
+def prompt_checksum(source) -> str:
+    """Of what makes a model's prompts, and of its config.json; of a hub model its commit says that. See source_of."""
+    kinds, local = (".json", ".jinja", ".model", ".txt"), isinstance(source, Path) and source.is_dir()
+    files = [path.read_bytes() for path in sorted(source.iterdir()) if path.suffix in kinds] if local else []
+    return checksum(b"".join(files) + f"{MATH_PROMPT} {R1_PROMPT} {DAY}".encode())
+
+
+@lru_cache
+def control_tokens(tokenizer) -> list[str]:
+    return [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+
+
+def in_chat_template(tokenizer, problem: str, system: str) -> str:
+    """
+    A prompt in the tokenizer's own chat template; ends the program with one line if it does not hold the problem.
+
+    The system message goes in front of the problem if the template refuses it, as Gemma's does, or leaves it out.
+    """
+
+    def fail(why, *_):
+        sys.exit(f"the chat template of {tokenizer.name_or_path} makes no prompt ({why}); try --template r1")
+
+    ask = partial(tokenizer.apply_chat_template, chat_template=dated(tokenizer.get_chat_template()), tokenize=False)
+    if in_time := threading.current_thread() is threading.main_thread():  # no other thread can be stopped like this
+        signal.signal(signal.SIGALRM, partial(fail, "it takes too long"))
+    user, why = {"role": "user", "content": problem}, "it leaves the problem out"
+    together = [user | {"content": f"{system}\n\n{problem}".lstrip()}]
+    for messages in ([{"role": "system", "content": system}, user] if system else together, together):
+        signal.alarm(PATIENCE * in_time)
+        try:
+            text = ask(messages, add_generation_prompt=True)
+            if problem.strip() in text and system.strip() in text:
+                return text
+        except Exception as error:  # a template is a program, and may raise anything
+            why = reason(error)
+        finally:
+            signal.alarm(0)
+    fail(why)
+
+
 def prompt_ids(tokenizer, problem: str, system: str | None = None, template: str | None = None) -> list[int]:
     """
     Token ids of the prompt, up to where the answer starts. They begin with one BOS, if the model uses one.
@@ -104,12 +160,7 @@ def prompt_ids(tokenizer, problem: str, system: str | None = None, template: str
     if template == "native":
         if tokenizer.chat_template is None:
             sys.exit("--template native: this model's tokenizer has no chat template; use --template r1 or qwen-math")
-        written = partial(tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=True)
-        messages = [{"role": "system", "content": system}] if system else []
-        try:
-            text = written([*messages, {"role": "user", "content": problem}])
-        except TemplateError:  # Gemma's template refuses system messages
-            text = written([{"role": "user", "content": f"{system}\n\n{problem}"}])
+        text = in_chat_template(tokenizer, problem, system)
     elif template == "qwen-math":
         text = f"<|im_start|>system\n{system}<|im_end|>\n" if system else ""
         text += f"<|im_start|>user\n{problem}<|im_end|>\n<|im_start|>assistant\n"
@@ -119,7 +170,14 @@ def prompt_ids(tokenizer, problem: str, system: str | None = None, template: str
         sys.exit(f"--template wants native, qwen-math or r1, got {template!r}")
     has_bos = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
     # a second BOS in front would change what the model does
-    ids = tokenizer(text, add_special_tokens=template != "native" and not has_bos).input_ids
+    encode = partial(tokenizer, add_special_tokens=template != "native" and not has_bos)
+    after = ""
+    if any(token in problem for token in control_tokens(tokenizer)):  # it is text there, and must not end the turn
+        text, problem, after = text.rpartition(problem.strip())
+    ids = encode(text).input_ids
+    if after:
+        ids += tokenizer(problem, add_special_tokens=False, split_special_tokens=True).input_ids
+        ids += tokenizer(after, add_special_tokens=False).input_ids
     bos = tokenizer.bos_token_id  # later in the prompt it is fine: SmolLM2's opens every turn of a chat
     assert bos is None or ids[:2] != [bos, bos], "the chat template puts two BOS tokens in front of the prompt"
     return ids

@@ -29,7 +29,7 @@ from transformers.utils import cached_file
 if sys.path[0] == str(Path(__file__).parent):  # this folder has a vllm.py that is not the package
     sys.path[0] = str(Path(__file__).parents[1])
 import model  # noqa: E402
-from plumbing.files import base_checksum, config_of, is_gguf, source_of, write, written  # noqa: E402
+from plumbing.files import base_checksum, config_of, is_gguf, json_of, one_line, source_of, write, written  # noqa: E402
 from plumbing.settings import Usual, label_of  # noqa: E402
 
 
@@ -47,6 +47,7 @@ class Trained:
         return source_of(self.settings["model"])
 
 
+@one_line()
 def export(
     run: tyro.conf.Positional[str], to: Literal["peft", "vllm", "gguf", "transformers"], out: Usual[str] = None
 ) -> None:
@@ -69,7 +70,8 @@ def export(
         print(f"warning: the base model {name!r} has changed since {run} was trained: checksum {now}, then {then}")
     meta = model.metadata_of(vectors, config, name, meta["step"]) | meta  # files of older versions say less
     with torch.device("meta"):
-        trained = Trained(Path(run), settings, vectors, meta, AutoModelForCausalLM.from_config(config))
+        llm = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    trained = Trained(Path(run), settings, vectors, meta, llm)
     write_it, default, mark, use = FORMATS[to]
     path = Path(out or Path(run) / default)
     if use and path.exists() and not (path / mark).is_file():  # an earlier export is replaced, and nothing else
@@ -234,7 +236,7 @@ def to_vllm(trained: Trained, path: Path) -> None:
             (new / name).symlink_to(file)
         save_file(biases, new / "steering.safetensors", trained.meta | {"format": "pt"})
         # the defaults of the model's class, then the file as it is: older readers need the older names of settings
-        settings = config.to_dict() | json.loads((base / "config.json").read_text(encoding="utf-8"))
+        settings = config.to_dict() | json_of(base / "config.json")
         settings = {key: value for key, value in settings.items() if key not in NO_LLAMA} | LLAMA
         write(new / "config.json", json.dumps(settings, indent=2))
         index = {"metadata": trained.meta, "weight_map": weight_map}
@@ -245,7 +247,7 @@ def shards_of(folder: Path) -> dict[str, str]:
     """Which file of a model folder holds which tensor: {tensor: file}."""
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.is_file():
-        return json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return json_of(index, {"weight_map": dict})["weight_map"]
     if not single.is_file():
         sys.exit(f"{folder} lacks the weights of the base model: load it once, for example with evaluate.py --model")
     with safe_open(single, "pt") as file:

@@ -1,21 +1,110 @@
-"""Files: where models are, writing that a crash cannot leave half done, checksums, and results that are kept."""
+"""Files: where models are, reading, writing that a crash cannot leave half done, checksums, results that are kept."""
 
+import io
 import json
 import os
 import shutil
 import sys
+import traceback
 import zlib
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from pickle import PickleError
 
 from huggingface_hub import try_to_load_from_cache
+from safetensors import SafetensorError
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "data" / "tiny"  # the built-in model; --model tiny
 FAMILY = {name: TINY.with_name(name) for name in ("tiny", "tiny-instruct", "tiny-math")}  # and its relatives
 FAMILY |= {path.name: path for path in sorted(TINY.parent.glob("tiny-organism-*"))}  # pretrain.py --organism
+
+
+RUN = dict.fromkeys("method layer site where template system data held_out dtype reward".split(), str | None)
+RUN |= dict.fromkeys(("rank", "numbers", "context", "max_tokens"), int | None) | {"model": str}  # in config.json
+
+
+# what readers of JSON, safetensors and torch's files raise
+BROKEN = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, EOFError)
+BROKEN += (PickleError, SafetensorError)
+
+
+class Lasting(io.FileIO):
+    """A console that nothing stops: a pipe that was closed, as by `| head -1`, or a full disk behind it."""
+
+    def write(self, data):
+        try:
+            return super().write(data)
+        except OSError:
+            return len(data)
+
+
+@contextmanager
+def one_line():
+    """
+    Around a command: a file that cannot be read or written ends it with one line that names the file.
+
+    What else ends with a line, ends with SystemExit by itself. NANOSTEER_DEBUG=1 shows where it came from. Whatever
+    becomes of the console, results are written.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is getattr(sys, f"__{name}__") and stream is not None:  # else it is a notebook's or a test's
+            raw = io.BufferedWriter(Lasting(stream.fileno(), "w", closefd=False))
+            setattr(sys, name, io.TextIOWrapper(raw, stream.encoding, "replace", line_buffering=True))
+    try:
+        yield
+    except (OSError, SystemExit) as error:
+        if os.environ.get("NANOSTEER_DEBUG"):
+            traceback.print_exc()
+        if isinstance(error, SystemExit):
+            raise
+        sys.exit(f"cannot read or write {error.filename or 'a file'}: {reason(error)}")
+
+
+def reason(error: Exception) -> str:
+    """The first line of what an error says; of a KeyError, which says a name alone, its type, too."""
+    first = (str(getattr(error, "strerror", None) or error).strip() or repr(error)).splitlines()[0]
+    return repr(error) if isinstance(error, KeyError) else first
+
+
+@contextmanager
+def reading(path, what: str):
+    """Around what reads a file: it ends the program with one line if the file is not what it should be."""
+    try:
+        yield
+    except BROKEN as error:
+        sys.exit(f"{path}: not {what} ({reason(error)})")
+
+
+@contextmanager
+def writing(path):
+    """Around what writes a file: its errors name the file."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        why = reason(error) + " (is the disk full?)" * isinstance(error, RuntimeError)  # torch.save's
+        raise OSError(getattr(error, "errno", None), why, str(path)) from error
+
+
+def fitted(x, shape, where="it"):
+    """x if it has this shape, else a TypeError: a type, {key: shape} for an object that has these, [shape] of all."""
+    kind = type(shape) if isinstance(shape, (dict, list)) else shape
+    if not isinstance(x, kind):
+        raise TypeError(f"{where} is {x!r:.50}, not {getattr(kind, '__name__', kind)}")
+    for key, part in shape.items() if isinstance(shape, dict) else ():
+        fitted(x.get(key), part, key)
+    for one in x if isinstance(shape, list) else ():
+        fitted(one, shape[0], "a row")
+    return x
+
+
+def json_of(path, shape=dict, what="JSON of the shape that it should have"):
+    """What a JSON file holds; ends the program with one line if that has another shape, see `fitted`."""
+    with reading(path, what):
+        return fitted(json.loads(Path(path).read_text(encoding="utf-8")), shape)
 
 
 def is_gguf(name) -> bool:
@@ -45,12 +134,19 @@ def written(path):
     If the program stops in the middle, the old one is still whole. Makes the folder around it.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(path.name + ".tmp")
-    yield new
-    if new.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    new.replace(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield new
+            if new.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            new.replace(path)
+        except BaseException:  # leave no half of it, which has the room that others need
+            shutil.rmtree(new, ignore_errors=True)
+            with suppress(OSError):
+                new.unlink()
+            raise
 
 
 def write(path, text: str) -> None:
@@ -61,19 +157,20 @@ def write(path, text: str) -> None:
 
 def append(path: Path, rows: list[dict]) -> None:
     """Add rows to a jsonl file."""
-    with path.open("a", encoding="utf-8") as file:
+    with writing(path), path.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def lines_of(path: Path) -> list[dict]:
+def lines_of(path: Path, shape=dict) -> list[dict]:
     """The rows of a jsonl file, up to one that was cut off when a program was killed; [] if there is no file."""
     rows = []
-    for line in path.read_text(encoding="utf-8").split("\n") if path.is_file() else []:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
+    with reading(path, "the rows that train.py wrote"):
+        for line in path.read_text(encoding="utf-8").split("\n") if path.is_file() else []:
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+        return fitted(rows, [shape])
 
 
 def home_of(run) -> Path:
@@ -87,7 +184,7 @@ def config_of(run) -> dict:
     path = home_of(run) / "config.json"
     if not path.is_file():
         sys.exit(f"no run in {run}: a run folder of train.py holds config.json and vectors.safetensors or weights/")
-    return json.loads(path.read_text(encoding="utf-8"))
+    return json_of(path, RUN, "the settings that train.py wrote")
 
 
 def checksum(data: bytes) -> str:
@@ -121,10 +218,11 @@ def base_checksum(name: str) -> str:
     return Path(config).parent.name if isinstance(config, str) else "unknown"
 
 
-def kept(path: Path, key: dict):
+def kept(path: Path, key: dict, shape=object):
     """What `keep` wrote there for this key, or None. If two keys share a file's name, the later one stays."""
-    saved = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return saved["found"] if saved.get("key") == json.loads(json.dumps(key)) else None
+    with reading(path, "a result that was kept here; delete it"):
+        saved = json_of(path) if path.is_file() else {}
+        return fitted(saved["found"], shape) if saved.get("key") == json.loads(json.dumps(key)) else None
 
 
 def keep(path: Path, key: dict, found):

@@ -35,7 +35,7 @@ def readable() -> str:
 def read(kind, path: Path, **how):
     """kind.from_pretrained of the file alone: a tokenizer or config that lies beside it may be another model's."""
     with TemporaryDirectory() as empty:
-        return kind.from_pretrained(empty, gguf_file=str(path.absolute()), **how)
+        return kind.from_pretrained(empty, gguf_file=str(path.absolute()), trust_remote_code=False, **how)
 
 
 def config_of(path: Path):

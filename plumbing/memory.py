@@ -151,7 +151,7 @@ class Estimate(NamedTuple):
 def numbers(config) -> int:
     """How many weights a model has: it is built without memory for them."""
     with torch.device("meta"):
-        return sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+        return sum(p.numel() for p in AutoModelForCausalLM.from_config(config, trust_remote_code=False).parameters())
 
 
 def estimate(config, b: int, device: str, there: int, job: Job) -> Estimate:

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from plumbing.files import written
+from plumbing.files import fitted, reading, written
 
 
 def join_processes(device: str, prompts: int) -> str:
@@ -103,14 +103,24 @@ def load_state(path, values: dict, adam: torch.optim.Optimizer) -> int:
     """Read what save_state wrote, perhaps with another number of processes; returns the steps done."""
 
     def like(s, x):
+        if x.shape != s.shape:
+            raise ValueError(f"a tensor of shape {tuple(x.shape)} where {tuple(s.shape)} are trained")
         return sharded(x.to(s.device)) if isinstance(s, DTensor) else x.to(s.device)
 
-    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # mmap: reads only what is used
-    for name, s in values.items():
-        moments = dict(state["trained"][str(name)])
-        s.data.copy_(like(s, moments.pop("value")))
-        adam.state[s] = {key: x if key == "step" else like(s, x) for key, x in moments.items()}
+    state = state_of(path)
+    with reading(path, "a state of this run"):
+        for name, s in values.items():
+            moments = dict(state["trained"][str(name)])
+            s.data.copy_(like(s, moments.pop("value")))
+            adam.state[s] = {key: x if key == "step" else like(s, x) for key, x in moments.items()}
     return state["step"]
+
+
+def state_of(path) -> dict:
+    """What save_state wrote. Nothing in the file is run, whatever it is."""
+    with reading(path, "a state that train.py saved"):
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # mmap: reads only what is used
+        return fitted(state, {"step": int, "trained": dict})
 
 
 class AllWeights:

@@ -16,8 +16,9 @@ from typing import Annotated, Literal, TypeVar
 import torch
 import tyro
 
-from data.problems import Problems, problems_of
+from data.problems import MOST_SAMPLES, Problems, problems_of
 from plumbing.files import FAMILY, ROOT, config_of, lines_of, write
+from plumbing.processes import state_of
 
 T = TypeVar("T")
 # an option that may be left out. Its comment says what happens then, so --help does not add "(default: None)"
@@ -62,6 +63,8 @@ def at_least(args, **lows: int) -> None:
         for one in value if isinstance(value, tuple) else [value]:
             if one is not None and not one >= low:  # "not >=" catches nan, too
                 sys.exit(f"{flag(name)} wants at least {low}, got {one}")
+            if name == "samples" and (one or 0) > MOST_SAMPLES:
+                sys.exit(f"--samples wants at most {MOST_SAMPLES}, got {one}")
 
 
 def check_seed(seed: int) -> None:
@@ -267,7 +270,7 @@ def check_folder(folder: Path, settings: dict, resume: bool) -> None:
     if not exists:
         sys.exit(f"--resume: no run to go on with in {folder}; leave --resume out, or name the run's folder with --out")
     free = (*CHANGE_NO_NUMBER, "steps", "held_out", "eval_problems", "eval_every", "keep_every", "resume")
-    free += ("micro_tokens", "recompute", "read_once", "reuse")
+    free += ("micro_tokens", "recompute", "read_once", "reuse", "prompt_day")
     saved = config_of(folder)
     for name, value in json.loads(json.dumps(settings)).items():  # tuples become lists, as in the file
         if name not in free and (had := saved.get(name)) != value:
@@ -278,10 +281,11 @@ def check_folder(folder: Path, settings: dict, resume: bool) -> None:
 def begin(folder: Path, settings: dict, steps: int) -> None:
     """Write config.json, and drop the log of steps that came after the saved state."""
     settings = {name: value for name, value in settings.items() if name not in ("out", "resume")}
+    logs = {name: lines_of(folder / name, {"step": int}) for name in ("metrics.jsonl", "samples.jsonl")}
     write(folder / "config.json", json.dumps(settings, indent=2) + "\n")
-    for name in ("metrics.jsonl", "samples.jsonl"):
-        rows = [row for row in lines_of(folder / name) if row["step"] < steps]
-        write(folder / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    for name, rows in logs.items():
+        rows = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows if row["step"] < steps]
+        write(folder / name, "".join(rows))
 
 
 @contextmanager
@@ -303,5 +307,4 @@ def folders_of(run: Path) -> dict[int, Path]:
     found = {int(path.name): path for path in sorted((run / "checkpoints").glob("[0-9]*")) if path.name.isdigit()}
     if not found:
         sys.exit(f"no checkpoints in {run}: train with --keep-every N, for example 53 as the authors")
-    last = torch.load(run / "state.pt", map_location="cpu", weights_only=True, mmap=True)["step"]
-    return found | {last: run}
+    return found | {state_of(run / "state.pt")["step"]: run}

@@ -141,6 +141,7 @@ class VLLM:
             self.engine = vllm.LLM(
                 str(source_of(name)),
                 hf_overrides=overrides,
+                trust_remote_code=False,
                 worker_extension_cls="plumbing.vllm.VLLMWorker",
                 dtype=str(llm.dtype).removeprefix("torch."),
                 max_model_len=context,

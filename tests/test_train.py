@@ -656,11 +656,11 @@ def test_config_json_holds_every_setting_that_was_used(tmp_path):
     """What a default stands for, too, so that no later stage guesses; None is left where nothing was set."""
     train.main(settings(tmp_path, steps=1))
     config = files.config_of(tmp_path)
-    assert config.keys() == {field.name for field in fields(train.Config)} - {"out", "resume"}
+    assert config.keys() == {field.name for field in fields(train.Config)} - {"out", "resume"} | {"prompt_day"}
     unset = {name for name, value in config.items() if value is None}
     assert unset == {"init", "lr_absolute", "eval_every", "keep_every", "numbers"}
     used = {"model": "tiny", "data": "data/tiny/train.jsonl", "held_out": "data/tiny/test.jsonl", "context": 512}
-    used |= {"lr": 0.06}
+    used |= {"lr": 0.06, "prompt_day": "2024-07-26"}
     used |= {"warmup": 3, "micro_tokens": 4096, "template": "native"}
     used |= {"sampler": "hf", "device": "cpu", "dtype": "float32"}
     assert used.items() <= config.items() and config["system"].startswith("Please reason step by step")

@@ -207,7 +207,7 @@ def begin(args: Config, layer: int | None) -> tuple:
     """The tokenizer, the model and the optimiser before the first step. layer: the only one to train; None: all."""
     made = (args.out / "tokenizer.json").exists()  # token ids must not change if there are weights already
     source = args.init or (args.out if made else None)
-    tokenizer = AutoTokenizer.from_pretrained(source) if source else make_tokenizer()
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False) if source else make_tokenizer()
     llm = Qwen2ForCausalLM.from_pretrained(args.init) if args.init else make_model(tokenizer)
     if layer is not None:
         llm.requires_grad_(False).model.layers[layer].requires_grad_()
