@@ -58,7 +58,7 @@ class Config(model.Asking):
     n: Usual[int] = None                   # use the first N problems; default 100 (case: 4; with --benchmarks: all)
     benchmarks: tuple[str, ...] = ()       # names of data/NAME.jsonl, or all: the papers' six; answers: of the first
     seeds: tuple[int, ...] = ()            # for accuracies; default --seed; with --benchmarks 0 1 2 as in evaluate.py
-    data: Usual[str] = None                # jsonl of {problem, answer}: N drawn by --seed for answers that are read
+    data: Usual[str] = None                # jsonl instead of the held-out problems; texts to read are drawn by --seed
     samples: Usual[int] = None             # answers to each problem at T > 0; default what the file says, or 1
     temperature: float = 1.0               # of answers and accuracies; sweep and prefix always use T = 1 and greedy
     seed: int = 0                          # for the answers that are read, and for random vectors

@@ -84,12 +84,12 @@ def check_family(llm) -> None:
     """Exit with one line for a model that cannot be steered or sampled from here, or whose head `logits` is not."""
     kind = llm.config.model_type
     decoder_layers(llm)
-    if "recurrent" in getattr(llm.config, "layers_block_type", ()):  # RecurrentGemma
-        sys.exit(f"models of the type {kind} keep their states inside of layers, where the padding of a batch enters")
+    if hasattr(llm.get_decoder(), "_setup_cache"):  # RecurrentGemma
+        sys.exit(f"models of the type {kind} keep what they have read inside of their layers, not in a cache")
     if kind not in SITES_OF:  # of these the tests know the head
         (h, _), ids = read(llm, [[0]], [[1, 2]]), torch.tensor([[0, 1, 2]], device=llm.device)
-        theirs, off = llm(input_ids=ids, use_cache=False).logits.float(), 1e-3 if llm.dtype == torch.float32 else 0.05
-        if (logits(llm, h) - theirs).abs().max() > off * theirs.std():
+        theirs = llm(input_ids=ids, use_cache=False).logits.float()
+        if (logits(llm, h) - theirs).abs().max() > max(1e-4, 4 * torch.finfo(llm.dtype).eps) * theirs.abs().max():
             sys.exit(f"models of the type {kind} scale their logits in a way that is not known here")
 
 
@@ -672,14 +672,14 @@ class Subject(Asking):
         """Take the weights of another model of the same shape (a run's of --method full) when they are next needed."""
         self.wanted_weights = name
 
-    def begin(self, prefix: str | list[int]) -> list[int]:
+    def forced(self, prefix: str | list[int]) -> list[int]:
         """Token ids of what an answer is made to begin with: a text, or these very ids, which a text may not give."""
         text = prefix and isinstance(prefix, str)
         return self.tokenizer(prefix, add_special_tokens=False).input_ids if text else prefix
 
     def prompt(self, row: dict, prefix: str | list[int] = "") -> list[int]:
         """Token ids of a problem as it is asked here, and of what the answer is made to begin with."""
-        return [*prompt_ids(self.tokenizer, row["problem"], self.system, self.template), *self.begin(prefix)]
+        return [*prompt_ids(self.tokenizer, row["problem"], self.system, self.template), *self.forced(prefix)]
 
     def room(self, prompt: list[int], context: int | None = None) -> int:
         """Tokens that an answer may have. context: of these answers, default the subject's; max_tokens counts too."""
@@ -706,7 +706,7 @@ class Subject(Asking):
         """
         k answers to each problem, of the model with these vectors, {} for the base: by `sample` or by vLLM.
 
-        seed: as for `sample`. prefix: what every answer is made to begin with, see `begin`. context: see `room`. keep:
+        seed: as for `sample`. prefix: what every answer is made to begin with, see `forced`. context: see `room`. keep:
         see `sample`.
         """
         if not rows:  # of several processes, some may have none
@@ -723,8 +723,8 @@ class Subject(Asking):
             how = temperature, seeds, self.rows, bar, keep
             with steer(llm, vectors):
                 completions, ended, *states = sample(llm, prompts, k, limits, stop, *how)
-        whole = [[*self.begin(prefix), *c] for c in completions]  # in one: SentencePiece drops a text's first space
-        texts = self.tokenizer.batch_decode(whole, skip_special_tokens=True)
+        forced = self.forced(prefix)  # decoded in one with the rest: SentencePiece drops a text's first space
+        texts = self.tokenizer.batch_decode([[*forced, *c] for c in completions], skip_special_tokens=True)
         return Rollouts([p for p in prompts for _ in range(k)], completions, ended, texts, logps, *states)
 
 

@@ -180,12 +180,12 @@ def states_by_row(prompts, completions, fed, entering) -> list[tuple[torch.Tenso
     prompt for itself, then (rows, 1, D) each; is emptied.
     """
     first, k = entering[0], len(completions) // len(prompts)
-    first = first.repeat_interleave(len(completions) // len(first), 0)
+    each = len(completions) // len(first)  # rows that share the states of a prompt
     later = first.new_zeros(len(completions), len(fed), first.shape[-1])
     for t, (rows, h) in enumerate(zip(fed, entering[1:])):
         later[rows, t] = h[:, 0]
     entering.clear()
-    return [(first[i, -len(prompts[i // k]) :], later[i, : len(c) - 1]) for i, c in enumerate(completions)]
+    return [(first[i // each, -len(prompts[i // k]) :], later[i, : len(c) - 1]) for i, c in enumerate(completions)]
 
 
 @contextmanager
