@@ -23,6 +23,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
 from functools import cached_property, partial
 from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
 from struct import error as StructError
 from typing import Literal, NamedTuple
@@ -82,10 +83,10 @@ def load(name: str = "tiny", device: str = "auto", dtype: str = "auto"):
 @torch.no_grad()
 def check_family(llm) -> None:
     """Exit with one line for a model that cannot be steered or sampled from here, or whose head `logits` is not."""
-    kind = llm.config.model_type
+    kind, decoder = llm.config.model_type, llm.get_decoder()
     decoder_layers(llm)
-    if hasattr(llm.get_decoder(), "_setup_cache"):  # RecurrentGemma
-        sys.exit(f"models of the type {kind} keep what they have read inside of their layers, not in a cache")
+    if "past_key_values" not in signature(decoder.forward).parameters or hasattr(decoder, "_setup_cache"):
+        sys.exit(f"models of the type {kind} do not keep what they have read in transformers' cache")  # Mamba
     if kind not in SITES_OF:  # of these the tests know the head
         (h, _), ids = read(llm, [[0]], [[1, 2]]), torch.tensor([[0, 1, 2]], device=llm.device)
         theirs = llm(input_ids=ids, use_cache=False).logits.float()
@@ -376,8 +377,6 @@ def _decode(llm, prompts, k, limits, stop, temperature, seeds, bar):
 
     llm.answer_positions = torch.arange(P, device=device).expand(ids.shape) == P - 1  # for "@answer", here and below
     scores = forward(ids, mask, positions).repeat_interleave(copies, 0)
-    if not fast.filled(cache):
-        sys.exit(f"models of the type {llm.config.model_type} do not keep what they have read in transformers' cache")
     llm.answer_positions = torch.ones(1, 1, device=device)
     length = mask.sum(1, keepdim=True).repeat_interleave(copies, 0)  # (B, 1) of the row's prompt
     shared = fast.plain(llm, cache) and fast.takes_attention(llm)

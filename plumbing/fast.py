@@ -107,12 +107,6 @@ def empty_cache(llm) -> DynamicCache:
     return DynamicCache() if looks_back(llm) else DynamicCache(config=llm.config)
 
 
-def filled(cache: DynamicCache) -> bool:
-    """Whether a forward pass has put something into it; some models keep what they remember elsewhere."""
-    states = [getattr(layer, "is_conv_states_initialized", {}).values() for layer in cache.layers]
-    return any(map(any, states)) or any(getattr(layer, "is_initialized", False) for layer in cache.layers)
-
-
 def plain(llm, cache: DynamicCache) -> bool:
     """Whether all that a model remembers of a text are keys and values of every layer, none of them another layer's."""
     each = [type(layer) is DynamicLayer and layer.keys.shape == layer.values.shape for layer in cache.layers]
