@@ -1229,8 +1229,7 @@ def cost(lab: Lab) -> dict:
         home = home_of(run.folder)
         if not (home / "state.pt").is_file() or not (steps := lines_of(home / "metrics.jsonl")):
             sys.exit(f"{home} has no state.pt or metrics.jsonl of train.py; train it again, or leave it out")
-        if home != run.folder:  # of a checkpoint, the steps before it
-            steps = steps[: int(run.folder.name)]
+        steps = steps if home == run.folder else steps[: int(run.folder.name)]  # of a checkpoint, those before it
         state = torch.load(home / "state.pt", map_location="cpu", weights_only=True, mmap=True)["trained"]
         moments = [x for one in state.values() for name, x in one.items() if name != "value"]
         parts = ["seconds_sampling", "seconds_grading", "seconds_training"]

@@ -656,10 +656,10 @@ class Subject(Asking):
 
     def free(self) -> None:
         """Let the model and the engine go, so that another one has room."""
-        if self.started is not None:
-            self.started.close()
-        self.started = None
         vars(self).pop("loaded", None)
+        if self.started is not None:
+            self.started.close()  # gives back, too, what torch keeps of the model's memory
+        self.started = None
 
     @property
     def form(self) -> str:
