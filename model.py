@@ -26,7 +26,7 @@ from importlib.util import find_spec
 from inspect import signature
 from pathlib import Path
 from struct import error as StructError
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -42,7 +42,7 @@ from plumbing import fast, gguf_file, memory
 from plumbing.bars import Bar, waiting
 from plumbing.fast import batches
 from plumbing.files import FAMILY, base_checksum, is_gguf, source_of, written
-from plumbing.settings import Usual
+from plumbing.settings import Asking
 from plumbing.vllm import VLLM, VLLM_MODELS
 
 # no such id, no connection; no causal LM; broken file; a package or an architecture that GGUF files need is missing
@@ -387,13 +387,14 @@ def _decode(llm, prompts, k, limits, stop, temperature, seeds, bar):
     mask = torch.cat([mask.repeat_interleave(copies, 0), mask.new_ones(B, C)], 1)  # (B, P + C)
     limit = torch.tensor(limits, device=device).repeat_interleave(k)
     ends = torch.tensor(stop, dtype=torch.long, device=device)
-    tokens = torch.zeros(B, C, dtype=torch.long, device=device)
+    tokens, count = torch.zeros(B, C, dtype=torch.long, device=device), torch.zeros_like(limit)
     going = torch.ones(B, dtype=torch.bool, device=device)  # neither ended nor at its limit
     rows, fed, idle = torch.arange(B, device=device), [], 0  # those still in the batch; in every forward pass
     unfinished = B
     with fast.attending(llm, cache) if shared else nullcontext():
         for t in range(C):
             tokens[rows, t] = token = pick(scores, temperature, noise[t, rows])
+            count += going
             going[rows] &= ~torch.isin(token, ends) & (t + 1 < limit[rows])
             alive = going[rows].nonzero().flatten()
             bar.answered(unfinished, unfinished - len(alive), len(alive) * (C - t - 1))
@@ -406,14 +407,10 @@ def _decode(llm, prompts, k, limits, stop, temperature, seeds, bar):
                 rows, idle = rows[alive], 0
             fed.append(rows)
             scores = forward(tokens[rows, t : t + 1], None if shared else mask[rows, : P + t + 1], length[rows] + t)
-    completions = []
-    for row, n in zip(tokens.tolist(), limit.tolist()):
-        last = next((t for t in range(n) if row[t] in stop), n - 1)
-        completions.append(row[: last + 1])
-    return completions, fed
+    return [row[:n] for row, n in zip(tokens.tolist(), count.tolist())], fed
 
 
-MOVING = 0.25  # what it costs to move the cache together, in forward passes: rows that ended stay until they cost that
+MOVING = 0.25  # taking ended rows out of the cache costs so many forward passes: they stay until they cost as much
 
 
 def uniform(seed: int, *shape: int) -> torch.Tensor:
@@ -428,8 +425,8 @@ def pick(logits: torch.Tensor, temperature: float, noise: torch.Tensor | None = 
     Draw a token a row from softmax(logits / temperature), the argmax at temperature 0. (B, V) -> (B,)
 
     noise: (B,), uniform in [0, 1): the token where the cumulative probability passes it.
-    The sums are float64: in float32, over 152k tokens, they pass many tokens by. First over blocks of `width` tokens,
-    then inside the one that is found, which takes a third of the time of one sum over all.
+    The sums are float64: float32 sums over 152k tokens would skip many of them. They run over blocks of `width` tokens
+    first, then inside the block that was found. That takes a third of the time of one sum over all tokens.
     """
     if temperature == 0:
         return logits.argmax(-1)
@@ -485,9 +482,9 @@ def logits(llm, h: torch.Tensor, exact=False, rows=16384, dtype=torch.float32) -
     """
     The logits of states after the final norm: h (..., D) -> (..., V), fp32, since sums over many tokens follow.
 
-    exact: an fp32 product, too, so that of two bf16 states the small difference stays; `rows` of the head at a time
-    are fp32, never all of it. Without it the product has the model's own dtype, as the sampler's has: training wants
-    the log-probs of the distribution that was sampled from. dtype: None for the model's own.
+    exact: the product is fp32, too, so that the small difference between two bf16 states is not lost; `rows` rows of
+    the head are converted at a time, never all of it. Otherwise the product has the model's own dtype, as in the
+    sampler: training wants the log-probs of the distribution that was sampled from. dtype: None for the model's own.
     """
     head, config = llm.get_output_embeddings(), llm.config.get_text_config()
     cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
@@ -498,7 +495,8 @@ def logits(llm, h: torch.Tensor, exact=False, rows=16384, dtype=torch.float32) -
     else:
         x = h @ head.weight.T
         x = x if dtype is None else x.to(dtype)
-    x = (x if head.bias is None else x + head.bias.to(x.dtype)) * scale
+    x = x if head.bias is None else x + head.bias.to(x.dtype)
+    x = x if scale == 1 else x * scale
     x = x if cap is None else cap * torch.tanh(x / cap)
     return x.view(*shape, -1)
 
@@ -547,8 +545,8 @@ def micro_batches(
     """
     The log-probs of answers under these vectors, a micro-batch at a time: (numbers of its rows, logps, mask).
 
-    rows: those to run, of all in `rolled`; the longest come first. budget: tokens of a micro-batch, at most.
-    recompute, read_once: see memory.plan. logps, mask: see token_logps.
+    vectors: {} for the base model. rows: those to run, of all in `rolled`; the longest come first. budget: tokens of a
+    micro-batch, at most. recompute, read_once: see memory.plan. logps, mask: see token_logps.
     Run the backward pass before the next one is taken: until then the model has the vectors, and its memory is needed.
     """
     lowest, lengths = lowest_trained(vectors), [(len(rolled.prompts[i]), len(rolled.completions[i])) for i in rows]
@@ -559,28 +557,12 @@ def micro_batches(
         found = batches([c if share else p + c for p, c in lengths], budget, prompts)
         for batch in Bar(found, desc="training", unit="micro-batches"):
             batch = [rows[j] for j in batch]
-            states = None if rolled.states is None else (lowest, [rolled.states[i] for i in batch])
+            states = None if rolled.states is None or lowest < 0 else (lowest, [rolled.states[i] for i in batch])
             texts = [rolled.prompts[i] for i in batch], [rolled.completions[i] for i in batch]
             yield batch, *token_logps(llm, *texts, temperature, share=share, states=states)
 
 
 # --------------------------------------------------------------------------------------------------- how it is asked
-
-
-@dataclass(kw_only=True)
-class Asking:
-    """How a model is asked. train.py, evaluate.py and analyze.py have these settings in common."""
-
-    template: Usual[Literal["native", "qwen-math", "r1"]] = None  # of the prompt: the run's; else native, or r1
-    system: Usual[str] = None              # system message: the run's; else to reason step by step, with a boxed answer
-    context: Usual[int] = None             # tokens of prompt and answer: the model's own, at most 32768
-    max_tokens: Usual[int] = None          # longest answer in tokens: the run's; else what the context leaves
-    sampler: Literal["auto", "hf", "vllm"] = "auto"  # auto: vllm where it is installed beside a CUDA device
-    vllm_memory: float = 0.45              # share of the GPU's memory for vLLM, beside the Hugging Face model
-    tensor_parallel: int = 1               # GPUs that one vLLM engine is spread over
-    rows: int = 512                        # answers sampled at once, but all answers to a prompt together
-    device: str = "auto"                   # cpu, cuda, ...
-    dtype: str = "auto"                    # of the frozen model: float32, bfloat16; vectors are float32
 
 
 @dataclass(kw_only=True)
@@ -616,19 +598,19 @@ class Subject(Asking):
     @property
     def samples_with(self) -> str:
         """ "hf", or "vllm"; exits with a line where vLLM cannot hold the vectors. auto: vLLM where all suits it."""
-        foreign = [place for place in self.holds if engine_site(place) is None]
         if self.sampler == "auto":
             here = self.device.startswith("cuda") and find_spec("vllm") and not is_gguf(self.name)
-            return "vllm" if here and self.config.architectures[0] in VLLM_MODELS and not foreign else "hf"
-        if self.sampler == "vllm" and foreign:
-            sys.exit(f"--sampler vllm: a vector at {foreign[0]} is no bias of vLLM's layers; use --sampler hf")
-        if self.sampler == "vllm" and is_gguf(self.name):
-            sys.exit("--sampler vllm: vLLM reads no .gguf file; use --sampler hf")
+            fits = self.config.architectures[0] in VLLM_MODELS and all(map(engine_site, self.holds))
+            return "vllm" if here and fits else "hf"
+        if self.sampler == "vllm":
+            engine_tensors(self.holds)  # exits for a vector that is none of vLLM's
+            if is_gguf(self.name):
+                sys.exit("--sampler vllm: vLLM reads no .gguf file; use --sampler hf")
         return self.sampler
 
     @property
     def key(self) -> dict:
-        """What its answers depend on, from files alone; of a hub model the commit."""
+        """What its answers depend on, from files alone. Of a hub model the commit stands for the weights."""
         names = ("name", "template", "system", "context", "max_tokens", "dtype")
         weights = base_checksum(self.wanted_weights)
         return {name: getattr(self, name) for name in names} | {"weights": weights, "sampler": self.samples_with}
@@ -795,13 +777,14 @@ def save_vectors(path, vectors: dict, llm, model: str, step: int) -> None:
 
 def load_vectors(path, config, model: str | None = None) -> tuple[dict, dict[str, str]]:
     """
-    Read what save_vectors wrote: ({place: fp32 tensor on the CPU}, metadata).
+    Read what save_vectors wrote: ({place: fp32 tensor on the CPU}, metadata). path: of a file, or of a run folder.
 
     config: of the model that gets them (llm.config).
     model: the name they were trained for; None allows another model of the same width and depth (transfer).
-    Exits with one line when the file is none or does not fit.
+    Exits with one line when there is no such file, or when it does not fit.
     """
-    if not Path(path).is_file():
+    path = Path(path, "vectors.safetensors") if Path(path).is_dir() else Path(path)
+    if not path.is_file():
         sys.exit(f"no vectors at {path}: train some first, for example `python train.py --layer 27`")
     try:
         with safe_open(path, "pt") as file:
