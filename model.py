@@ -23,6 +23,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
 from functools import cached_property, partial
 from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
 from typing import NamedTuple
 
@@ -79,14 +80,14 @@ def load(name: str = "tiny", device: str = "auto", dtype: str = "auto"):
 @torch.no_grad()
 def check_family(llm) -> None:
     """Exit with one line for a model that cannot be steered or sampled from here, or whose head `logits` is not."""
-    kind = llm.config.model_type
+    kind, decoder = llm.config.model_type, llm.get_decoder()
     decoder_layers(llm)
-    if "recurrent" in getattr(llm.config, "layers_block_type", ()):  # RecurrentGemma
-        sys.exit(f"models of the type {kind} keep their states inside of layers, where the padding of a batch enters")
+    if "past_key_values" not in signature(decoder.forward).parameters or hasattr(decoder, "_setup_cache"):
+        sys.exit(f"models of the type {kind} do not keep what they have read in transformers' cache")  # Mamba
     if kind not in SITES_OF:  # of these the tests know the head
         (h, _), ids = read(llm, [[0]], [[1, 2]]), torch.tensor([[0, 1, 2]], device=llm.device)
-        theirs, off = llm(input_ids=ids, use_cache=False).logits.float(), 1e-3 if llm.dtype == torch.float32 else 0.05
-        if (logits(llm, h) - theirs).abs().max() > off * theirs.std():
+        theirs = llm(input_ids=ids, use_cache=False).logits.float()
+        if (logits(llm, h) - theirs).abs().max() > max(1e-4, 4 * torch.finfo(llm.dtype).eps) * theirs.abs().max():
             sys.exit(f"models of the type {kind} scale their logits in a way that is not known here")
 
 
@@ -379,9 +380,6 @@ def _decode(llm, prompts, k, limits, stop, temperature, seeds, bar):
 
     llm.answer_positions = torch.arange(P, device=device).expand(ids.shape) == P - 1  # for "@answer", here and below
     scores = forward(ids, mask, positions).repeat_interleave(copies, 0)
-    if not fast.filled(cache):
-        kind = f"models of the type {llm.config.model_type}"
-        sys.exit(f"{kind} cannot be sampled here: they do not keep what they have read in transformers' cache")
     llm.answer_positions = torch.ones(1, 1, device=device)
     length = mask.sum(1, keepdim=True).repeat_interleave(copies, 0)  # (B, 1) of the row's prompt
     shared = fast.plain(llm, cache) and fast.takes_attention(llm)
@@ -644,10 +642,10 @@ class Subject(Asking):
 
     def free(self) -> None:
         """Let the model and the engine go, so that another one has room."""
-        if self.started is not None:
-            self.started.close()
-        self.started = None
         vars(self).pop("loaded", None)
+        if self.started is not None:
+            self.started.close()  # gives back, too, what torch keeps of the model's memory
+        self.started = None
 
     @property
     def form(self) -> str:
@@ -659,14 +657,14 @@ class Subject(Asking):
         """Take the weights of another model of the same shape (a run's of --method full) when they are next needed."""
         self.wanted_weights = name
 
-    def begin(self, prefix: str | list[int]) -> list[int]:
+    def forced(self, prefix: str | list[int]) -> list[int]:
         """Token ids of what an answer is made to begin with: a text, or these very ids, which a text may not give."""
         text = prefix and isinstance(prefix, str)
         return self.tokenizer(prefix, add_special_tokens=False).input_ids if text else prefix
 
     def prompt(self, row: dict, prefix: str | list[int] = "") -> list[int]:
         """Token ids of a problem as it is asked here, and of what the answer is made to begin with."""
-        return [*prompt_ids(self.tokenizer, row["problem"], self.system, self.template), *self.begin(prefix)]
+        return [*prompt_ids(self.tokenizer, row["problem"], self.system, self.template), *self.forced(prefix)]
 
     def room(self, prompt: list[int], context: int | None = None) -> int:
         """Tokens that an answer may have. context: of these answers, default the subject's; max_tokens counts too."""
@@ -693,7 +691,7 @@ class Subject(Asking):
         """
         k answers to each problem, of the model with these vectors, {} for the base: by `sample` or by vLLM.
 
-        seed: as for `sample`. prefix: what every answer is made to begin with, see `begin`. context: see `room`. keep:
+        seed: as for `sample`. prefix: what every answer is made to begin with, see `forced`. context: see `room`. keep:
         see `sample`.
         """
         if not rows:  # of several processes, some may have none
@@ -710,8 +708,8 @@ class Subject(Asking):
             how = temperature, seeds, self.rows, bar, keep
             with steer(llm, vectors):
                 completions, ended, *states = sample(llm, prompts, k, limits, stop, *how)
-        whole = [[*self.begin(prefix), *c] for c in completions]  # in one: SentencePiece drops a text's first space
-        texts = self.tokenizer.batch_decode(whole, skip_special_tokens=True)
+        forced = self.forced(prefix)  # decoded in one with the rest: SentencePiece drops a text's first space
+        texts = self.tokenizer.batch_decode([[*forced, *c] for c in completions], skip_special_tokens=True)
         return Rollouts([p for p in prompts for _ in range(k)], completions, ended, texts, logps, *states)
 
 

@@ -109,12 +109,6 @@ def empty_cache(llm) -> DynamicCache:
     return DynamicCache() if looks_back(llm) else DynamicCache(config=llm.config)
 
 
-def filled(cache: DynamicCache) -> bool:
-    """Whether a forward pass has put anything into the cache; some models keep what they remember elsewhere."""
-    states = [getattr(layer, "is_conv_states_initialized", {}).values() for layer in cache.layers]
-    return any(map(any, states)) or any(getattr(layer, "is_initialized", False) for layer in cache.layers)
-
-
 def plain(llm, cache: DynamicCache) -> bool:
     """Whether a model remembers a text as keys and values alone, and every layer has its own."""
     each = [type(layer) is DynamicLayer and layer.keys.shape == layer.values.shape for layer in cache.layers]
@@ -182,12 +176,12 @@ def states_by_row(prompts, completions, fed, entering) -> list[tuple[torch.Tenso
     prompt for itself, then (rows, 1, D) each; is emptied.
     """
     first, k = entering[0], len(completions) // len(prompts)
-    first = first.repeat_interleave(len(completions) // len(first), 0)
+    each = len(completions) // len(first)  # rows that share the states of a prompt
     later = first.new_zeros(len(completions), len(fed), first.shape[-1])
     for t, (rows, h) in enumerate(zip(fed, entering[1:])):
         later[rows, t] = h[:, 0]
     entering.clear()
-    return [(first[i, -len(prompts[i // k]) :], later[i, : len(c) - 1]) for i, c in enumerate(completions)]
+    return [(first[i // each, -len(prompts[i // k]) :], later[i, : len(c) - 1]) for i, c in enumerate(completions)]
 
 
 @contextmanager
