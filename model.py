@@ -603,8 +603,8 @@ class Subject(Asking):
         """ "hf", or "vllm"; exits with a line where vLLM cannot hold the vectors. auto: vLLM where all suits it."""
         if self.sampler == "auto":
             here = self.device.startswith("cuda") and find_spec("vllm") and not is_gguf(self.name)
-            fits = self.config.architectures[0] in VLLM_MODELS and all(map(engine_site, self.holds))
-            return "vllm" if here and fits else "hf"
+            fits = here and self.config.architectures[0] in VLLM_MODELS and all(map(engine_site, self.holds))
+            return "vllm" if fits else "hf"
         if self.sampler == "vllm":
             engine_tensors(self.holds)  # exits for a vector that is none of vLLM's
             if is_gguf(self.name):

@@ -489,7 +489,7 @@ def test_importing_changes_no_other_model(prompts):
 def test_dtype_is_the_checkpoints_own_where_the_processor_multiplies_it(monkeypatch):
     own = {dtype: Qwen2Config(dtype=dtype) for dtype in ("float32", "bfloat16", "float16", None)}
     zeros = torch.zeros
-    monkeypatch.setattr(torch, "zeros", lambda *shape, device=None, **how: zeros(*shape, **how))  # every device is there
+    monkeypatch.setattr(torch, "zeros", lambda *shape, device=None, **how: zeros(*shape, **how))  # all are there
     for there, want in ((True, "bfloat16"), (False, "float32")):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda there=there: {"avx2": True, "avx512_bf16": there})
         assert model.resolve("cpu", "auto", own["bfloat16"]) == ("cpu", want)
