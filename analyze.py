@@ -72,7 +72,7 @@ class Config(model.Asking):
     n: Usual[int] = None                   # use the first N problems; default 100 (case: 4; with --benchmarks: all)
     benchmarks: tuple[str, ...] = ()       # names of data/NAME.jsonl, or all: the papers' six; answers: of the first
     seeds: tuple[int, ...] = ()            # for accuracies; default --seed; with --benchmarks 0 1 2 as in evaluate.py
-    data: Usual[str] = None                # jsonl of {problem, answer}: N drawn by --seed for answers that are read
+    data: Usual[str] = None                # jsonl instead of the held-out problems; texts to read are drawn by --seed
     samples: Usual[int] = None             # answers to each problem at T > 0; default what the file says, or 1
     temperature: float = 1.0               # of answers and accuracies; sweep and prefix always use T = 1 and greedy
     seed: int = 0                          # for the answers that are read, and for random vectors
@@ -1244,8 +1244,7 @@ def cost(lab: Lab) -> dict:
         steps = lines_of(home / "metrics.jsonl", {"seconds_update": float, "seconds_sync": float})
         if not (home / "state.pt").is_file() or not steps:
             sys.exit(f"{home} has no state.pt or metrics.jsonl of train.py; train it again, or leave it out")
-        if home != run.folder:  # of a checkpoint, the steps before it
-            steps = steps[: int(run.folder.name)]
+        steps = steps if home == run.folder else steps[: int(run.folder.name)]  # of a checkpoint, those before it
         state = state_of(home / "state.pt")["trained"]
         moments = [x for one in state.values() for name, x in one.items() if name != "value"]
         parts = ["seconds_sampling", "seconds_grading", "seconds_training"]

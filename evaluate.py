@@ -1,6 +1,6 @@
 """
-Measure a run, or a base model, on problems with known answers, or ask it something. Every accuracy of the project is
-made here: `answers` asks, grades and keeps the answers, `Estimate` is a number with its interval over problems.
+Measure a run, or a base model, on problems with known answers, or ask it something. `answers` asks, grades and keeps
+the answers; `Estimate` is a number with its interval over problems. train.py and analyze.py measure with both, too.
 
 $ python evaluate.py out/tiny-layer27                        # the run and its base model, on data/tiny/test.jsonl
 $ python evaluate.py out/tiny-layer27 --ask "What is 17 + 25?"  # base and steered answer; without a text it asks you
@@ -49,7 +49,7 @@ from plumbing.files import (
     one_line,
     save_table,
 )
-from plumbing.settings import Usual, check_measuring, folders_of, own_first
+from plumbing.settings import Usual, check_measuring, folders_of, own_first, stem_of
 from rewards import grade, last_number_right, no_answer
 
 
@@ -455,7 +455,7 @@ def main(args: Config) -> dict | None:
         where += f", trained in {meta['model']}" if args.model else ""
         what = f"{run['model']}, {where} ({args.run})"
     what += f", answers begin with {args.prefix!r}" if args.prefix else ""
-    other = Path(args.model or "").resolve().name.removesuffix(".gguf")
+    other = stem_of(args.model or "")
     name = "eval" + f"-strength{strength:g}" * (strength != 1) + f"-in-{other}" * bool(args.model and args.run)
     write_tables(rows, what, strength, Path(args.out or args.run or f"out/{other}-base"), name)
     return rows

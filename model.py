@@ -23,8 +23,9 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
 from functools import cached_property, partial
 from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -40,7 +41,7 @@ from plumbing import fast, gguf_file, memory
 from plumbing.bars import Bar, waiting
 from plumbing.fast import batches
 from plumbing.files import FAMILY, base_checksum, is_gguf, reading, reason, source_of, written
-from plumbing.settings import Usual
+from plumbing.settings import Asking
 from plumbing.vllm import VLLM, VLLM_MODELS
 
 # ---------------------------------------------------------------------------------------------------------- the model
@@ -79,14 +80,14 @@ def load(name: str = "tiny", device: str = "auto", dtype: str = "auto"):
 @torch.no_grad()
 def check_family(llm) -> None:
     """Exit with one line for a model that cannot be steered or sampled from here, or whose head `logits` is not."""
-    kind = llm.config.model_type
+    kind, decoder = llm.config.model_type, llm.get_decoder()
     decoder_layers(llm)
-    if "recurrent" in getattr(llm.config, "layers_block_type", ()):  # RecurrentGemma
-        sys.exit(f"models of the type {kind} keep their states inside of layers, where the padding of a batch enters")
+    if "past_key_values" not in signature(decoder.forward).parameters or hasattr(decoder, "_setup_cache"):
+        sys.exit(f"models of the type {kind} do not keep what they have read in transformers' cache")  # Mamba
     if kind not in SITES_OF:  # of these the tests know the head
         (h, _), ids = read(llm, [[0]], [[1, 2]]), torch.tensor([[0, 1, 2]], device=llm.device)
-        theirs, off = llm(input_ids=ids, use_cache=False).logits.float(), 1e-3 if llm.dtype == torch.float32 else 0.05
-        if (logits(llm, h) - theirs).abs().max() > off * theirs.std():
+        theirs = llm(input_ids=ids, use_cache=False).logits.float()
+        if (logits(llm, h) - theirs).abs().max() > max(1e-4, 4 * torch.finfo(llm.dtype).eps) * theirs.abs().max():
             sys.exit(f"models of the type {kind} scale their logits in a way that is not known here")
 
 
@@ -379,8 +380,6 @@ def _decode(llm, prompts, k, limits, stop, temperature, seeds, bar):
 
     llm.answer_positions = torch.arange(P, device=device).expand(ids.shape) == P - 1  # for "@answer", here and below
     scores = forward(ids, mask, positions).repeat_interleave(copies, 0)
-    if not fast.filled(cache):
-        sys.exit(f"models of the type {llm.config.model_type} do not keep what they have read in transformers' cache")
     llm.answer_positions = torch.ones(1, 1, device=device)
     length = mask.sum(1, keepdim=True).repeat_interleave(copies, 0)  # (B, 1) of the row's prompt
     shared = fast.plain(llm, cache) and fast.takes_attention(llm)
@@ -391,13 +390,14 @@ def _decode(llm, prompts, k, limits, stop, temperature, seeds, bar):
     mask = torch.cat([mask.repeat_interleave(copies, 0), mask.new_ones(B, C)], 1)  # (B, P + C)
     limit = torch.tensor(limits, device=device).repeat_interleave(k)
     ends = torch.tensor(stop, dtype=torch.long, device=device)
-    tokens = torch.zeros(B, C, dtype=torch.long, device=device)
+    tokens, count = torch.zeros(B, C, dtype=torch.long, device=device), torch.zeros_like(limit)
     going = torch.ones(B, dtype=torch.bool, device=device)  # neither ended nor at its limit
     rows, fed, idle = torch.arange(B, device=device), [], 0  # those still in the batch; in every forward pass
     unfinished = B
     with fast.attending(llm, cache) if shared else nullcontext():
         for t in range(C):
             tokens[rows, t] = token = pick(scores, temperature, noise[t, rows])
+            count += going
             going[rows] &= ~torch.isin(token, ends) & (t + 1 < limit[rows])
             alive = going[rows].nonzero().flatten()
             bar.answered(unfinished, unfinished - len(alive), len(alive) * (C - t - 1))
@@ -410,14 +410,10 @@ def _decode(llm, prompts, k, limits, stop, temperature, seeds, bar):
                 rows, idle = rows[alive], 0
             fed.append(rows)
             scores = forward(tokens[rows, t : t + 1], None if shared else mask[rows, : P + t + 1], length[rows] + t)
-    completions = []
-    for row, n in zip(tokens.tolist(), limit.tolist()):
-        last = next((t for t in range(n) if row[t] in stop), n - 1)
-        completions.append(row[: last + 1])
-    return completions, fed
+    return [row[:n] for row, n in zip(tokens.tolist(), count.tolist())], fed
 
 
-MOVING = 0.25  # what it costs to move the cache together, in forward passes: rows that ended stay until they cost that
+MOVING = 0.25  # taking ended rows out of the cache costs so many forward passes: they stay until they cost as much
 
 
 def uniform(seed: int, *shape: int) -> torch.Tensor:
@@ -432,8 +428,8 @@ def pick(logits: torch.Tensor, temperature: float, noise: torch.Tensor | None = 
     Draw a token a row from softmax(logits / temperature), the argmax at temperature 0. (B, V) -> (B,)
 
     noise: (B,), uniform in [0, 1): the token where the cumulative probability passes it.
-    The sums are float64: in float32, over 152k tokens, they pass many tokens by. First over blocks of `width` tokens,
-    then inside the one that is found, which takes a third of the time of one sum over all.
+    The sums are float64: float32 sums over 152k tokens would skip many of them. They run over blocks of `width` tokens
+    first, then inside the block that was found. That takes a third of the time of one sum over all tokens.
     """
     if temperature == 0:
         return logits.argmax(-1)
@@ -489,9 +485,9 @@ def logits(llm, h: torch.Tensor, exact=False, rows=16384, dtype=torch.float32) -
     """
     The logits of states after the final norm: h (..., D) -> (..., V), fp32, since sums over many tokens follow.
 
-    exact: an fp32 product, too, so that of two bf16 states the small difference stays; `rows` of the head at a time
-    are fp32, never all of it. Without it the product has the model's own dtype, as the sampler's has: training wants
-    the log-probs of the distribution that was sampled from. dtype: None for the model's own.
+    exact: the product is fp32, too, so that the small difference between two bf16 states is not lost; `rows` rows of
+    the head are converted at a time, never all of it. Otherwise the product has the model's own dtype, as in the
+    sampler: training wants the log-probs of the distribution that was sampled from. dtype: None for the model's own.
     """
     head, config = llm.get_output_embeddings(), llm.config.get_text_config()
     cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
@@ -552,8 +548,8 @@ def micro_batches(
     """
     The log-probs of answers under these vectors, a micro-batch at a time: (numbers of its rows, logps, mask).
 
-    rows: those to run, of all in `rolled`; the longest come first. budget: tokens of a micro-batch, at most.
-    recompute, read_once: see memory.plan. logps, mask: see token_logps.
+    vectors: {} for the base model. rows: those to run, of all in `rolled`; the longest come first. budget: tokens of a
+    micro-batch, at most. recompute, read_once: see memory.plan. logps, mask: see token_logps.
     Run the backward pass before the next one is taken: until then the model has the vectors, and its memory is needed.
     """
     lowest, lengths = lowest_trained(vectors), [(len(rolled.prompts[i]), len(rolled.completions[i])) for i in rows]
@@ -564,28 +560,12 @@ def micro_batches(
         found = batches([c if share else p + c for p, c in lengths], budget, prompts)
         for batch in Bar(found, desc="training", unit="micro-batches"):
             batch = [rows[j] for j in batch]
-            states = None if rolled.states is None else (lowest, [rolled.states[i] for i in batch])
+            states = None if rolled.states is None or lowest < 0 else (lowest, [rolled.states[i] for i in batch])
             texts = [rolled.prompts[i] for i in batch], [rolled.completions[i] for i in batch]
             yield batch, *token_logps(llm, *texts, temperature, share=share, states=states)
 
 
 # --------------------------------------------------------------------------------------------------- how it is asked
-
-
-@dataclass(kw_only=True)
-class Asking:
-    """How a model is asked. train.py, evaluate.py and analyze.py have these settings in common."""
-
-    template: Usual[Literal["native", "qwen-math", "r1"]] = None  # of the prompt: the run's; else native, or r1
-    system: Usual[str] = None              # system message: the run's; else to reason step by step, with a boxed answer
-    context: Usual[int] = None             # tokens of prompt and answer: the model's own, at most 32768
-    max_tokens: Usual[int] = None          # longest answer in tokens: the run's; else what the context leaves
-    sampler: Literal["auto", "hf", "vllm"] = "auto"  # auto: vllm where it is installed beside a CUDA device
-    vllm_memory: float = 0.45              # share of the GPU's memory for vLLM, beside the Hugging Face model
-    tensor_parallel: int = 1               # GPUs that one vLLM engine is spread over
-    rows: int = 512                        # answers sampled at once, but all answers to a prompt together
-    device: str = "auto"                   # cpu, cuda, ...
-    dtype: str = "auto"                    # of the frozen model: float32, bfloat16; vectors are float32
 
 
 @dataclass(kw_only=True)
@@ -621,19 +601,19 @@ class Subject(Asking):
     @property
     def samples_with(self) -> str:
         """ "hf", or "vllm"; exits with a line where vLLM cannot hold the vectors. auto: vLLM where all suits it."""
-        foreign = [place for place in self.holds if engine_site(place) is None]
         if self.sampler == "auto":
             here = self.device.startswith("cuda") and find_spec("vllm") and not is_gguf(self.name)
-            return "vllm" if here and self.config.architectures[0] in VLLM_MODELS and not foreign else "hf"
-        if self.sampler == "vllm" and foreign:
-            sys.exit(f"--sampler vllm: a vector at {foreign[0]} is no bias of vLLM's layers; use --sampler hf")
-        if self.sampler == "vllm" and is_gguf(self.name):
-            sys.exit("--sampler vllm: vLLM reads no .gguf file; use --sampler hf")
+            fits = here and self.config.architectures[0] in VLLM_MODELS and all(map(engine_site, self.holds))
+            return "vllm" if fits else "hf"
+        if self.sampler == "vllm":
+            engine_tensors(self.holds)  # exits for a vector that is none of vLLM's
+            if is_gguf(self.name):
+                sys.exit("--sampler vllm: vLLM reads no .gguf file; use --sampler hf")
         return self.sampler
 
     @property
     def key(self) -> dict:
-        """What its answers depend on, from files alone; of a hub model the commit."""
+        """What its answers depend on, from files alone. Of a hub model the commit stands for the weights."""
         names = ("name", "template", "system", "context", "max_tokens", "dtype")
         weights = base_checksum(self.wanted_weights)
         also = {"weights": weights, "prompts": prompt_checksum(source_of(self.name)), "sampler": self.samples_with}
@@ -662,10 +642,10 @@ class Subject(Asking):
 
     def free(self) -> None:
         """Let the model and the engine go, so that another one has room."""
-        if self.started is not None:
-            self.started.close()
-        self.started = None
         vars(self).pop("loaded", None)
+        if self.started is not None:
+            self.started.close()  # gives back, too, what torch keeps of the model's memory
+        self.started = None
 
     @property
     def form(self) -> str:
@@ -677,14 +657,14 @@ class Subject(Asking):
         """Take the weights of another model of the same shape (a run's of --method full) when they are next needed."""
         self.wanted_weights = name
 
-    def begin(self, prefix: str | list[int]) -> list[int]:
+    def forced(self, prefix: str | list[int]) -> list[int]:
         """Token ids of what an answer is made to begin with: a text, or these very ids, which a text may not give."""
         text = prefix and isinstance(prefix, str)
         return self.tokenizer(prefix, add_special_tokens=False).input_ids if text else prefix
 
     def prompt(self, row: dict, prefix: str | list[int] = "") -> list[int]:
         """Token ids of a problem as it is asked here, and of what the answer is made to begin with."""
-        return [*prompt_ids(self.tokenizer, row["problem"], self.system, self.template), *self.begin(prefix)]
+        return [*prompt_ids(self.tokenizer, row["problem"], self.system, self.template), *self.forced(prefix)]
 
     def room(self, prompt: list[int], context: int | None = None) -> int:
         """Tokens that an answer may have. context: of these answers, default the subject's; max_tokens counts too."""
@@ -711,7 +691,7 @@ class Subject(Asking):
         """
         k answers to each problem, of the model with these vectors, {} for the base: by `sample` or by vLLM.
 
-        seed: as for `sample`. prefix: what every answer is made to begin with, see `begin`. context: see `room`. keep:
+        seed: as for `sample`. prefix: what every answer is made to begin with, see `forced`. context: see `room`. keep:
         see `sample`.
         """
         if not rows:  # of several processes, some may have none
@@ -728,8 +708,8 @@ class Subject(Asking):
             how = temperature, seeds, self.rows, bar, keep
             with steer(llm, vectors):
                 completions, ended, *states = sample(llm, prompts, k, limits, stop, *how)
-        whole = [[*self.begin(prefix), *c] for c in completions]  # in one: SentencePiece drops a text's first space
-        texts = self.tokenizer.batch_decode(whole, skip_special_tokens=True)
+        forced = self.forced(prefix)  # decoded in one with the rest: SentencePiece drops a text's first space
+        texts = self.tokenizer.batch_decode([[*forced, *c] for c in completions], skip_special_tokens=True)
         return Rollouts([p for p in prompts for _ in range(k)], completions, ended, texts, logps, *states)
 
 
@@ -801,13 +781,14 @@ def save_vectors(path, vectors: dict, llm, model: str, step: int) -> None:
 
 def load_vectors(path, config, model: str | None = None) -> tuple[dict, dict[str, str]]:
     """
-    Read what save_vectors wrote: ({place: fp32 tensor on the CPU}, metadata).
+    Read what save_vectors wrote: ({place: fp32 tensor on the CPU}, metadata). path: of a file, or of a run folder.
 
     config: of the model that gets them (llm.config).
     model: the name they were trained for; None allows another model of the same width and depth (transfer).
-    Exits with one line when the file is none or does not fit.
+    Exits with one line when there is no such file, or when it does not fit.
     """
-    if not Path(path).is_file():
+    path = Path(path, "vectors.safetensors") if Path(path).is_dir() else Path(path)
+    if not path.is_file():
         sys.exit(f"no vectors at {path}: train some first, for example `python train.py --layer 27`")
     with reading(path, "a safetensors file"), safe_open(path, "pt") as file:
         meta = file.metadata() or {}

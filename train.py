@@ -47,48 +47,46 @@ from plumbing.few import Few
 from plumbing.figures import plot_reward
 from plumbing.files import FAMILY, append, config_of, lines_of, one_line
 from plumbing.processes import SECONDS, AllWeights, all_gather, rank, shard, timed
-from plumbing.settings import Usual, authors_rate, own_first, parse_layers
+from plumbing.settings import Several, Usual, authors_rate, own_first, parse_layers
 from rewards import grade, grading_timeouts, no_answer
 
 
 @own_first
 @dataclass
-class Config(model.Asking):
-    """Where a comment gives two defaults, the first is the built-in model's, the second that of real models."""
-
+class Config(settings.Asking):
     layer: str = "27"                   # layers that get a vector, 0-based: 27, -1 (the last), 3,14 or all
-    model: str = "tiny"                 # the built-in model, a local folder, a .gguf file or a hub id; kept frozen
+    model: str = "tiny"                 # tiny (the built-in model), a local folder, a .gguf file or a hub id; frozen
     method: Literal["vector", "lora", "tinylora", "full"] = "vector"  # vectors, LoRA, TinyLoRA or all weights
     site: str = "end"                   # input-norm, attention, post-attention-norm, end, or a module's path
-    where: Literal["all", "answer"] = "all"  # positions that get it: all, or only those that predict the answer
-    rank: int = 1                       # of a LoRA (--site end: on mlp.down_proj)
+    where: Literal["all", "answer"] = "all"  # positions that get the vector: all, or only those that predict the answer
+    rank: int = 1                       # rank of a LoRA; with --site end it is on mlp.down_proj
     numbers: Usual[int] = None          # train only this many numbers; a fixed random map makes the vector from them
-    orthogonal_to: tuple[str, ...] = ()  # keep the vector orthogonal to the vectors of these runs
+    orthogonal_to: Several[str] = ()    # keep the vector orthogonal to the vectors of these runs
     init: Usual[str] = None             # start from this run's vectors; those that are not trained here stay fixed
-    data: Usual[str] = None             # jsonl of training problems: data/tiny/train.jsonl; data/deepscaler.jsonl
-    recipe: Usual[str] = None           # take the authors' settings for this data: the data file's source; deepscaler
-    held_out: Usual[str] = None         # problems to compare on at the end: data/tiny/test.jsonl; data/math500.jsonl
-    steps: Usual[int] = None            # RLOO updates: 40; one epoch, 314 on DeepScaleR
-    prompts: Usual[int] = None          # N, problems per step: 16; 128
-    samples: Usual[int] = None          # k, answers to each problem: 16; 16 or 64, as the authors
-    context: Usual[int] = None          # most tokens of prompt and answer: 512; 4096 (Qwen2.5-Math) or 8192
-    max_tokens: Usual[int] = None       # most tokens of an answer: 80; what the context leaves
-    lr: Usual[float | Literal["paper"]] = None  # share of RMS(h_l), see learning_rates: 0.06; the authors' rate, if any
-    lr_absolute: Usual[float] = None    # Adam's rate itself, instead of --lr; for full: 3e-4; the authors' or 1e-6
-    warmup: Usual[int] = None           # steps in which the rate rises to its value: 3; 3 % of an epoch
-    clip: float = 2.0                   # largest norm of the gradient of all vectors together
-    temperature: float = 1.0            # of the sampler, and of the logits in training (paper: 1)
-    reward: Literal["verify", "sign", "random"] = "verify"  # 1 or 0 by Math-Verify; 1 or -1 (authors); a coin
+    data: Usual[str] = None             # jsonl to train on; tiny: data/tiny/train.jsonl, else data/deepscaler.jsonl
+    recipe: Usual[str] = None           # the authors' settings for this data; default: the data's source or deepscaler
+    held_out: Usual[str] = None         # jsonl to measure on; tiny: data/tiny/test.jsonl, else data/math500.jsonl
+    steps: Usual[int] = None            # RLOO updates; tiny: 40, else one epoch, 314 on DeepScaleR
+    prompts: Usual[int] = None          # N, problems per step; tiny: 16, else 128
+    samples: Usual[int] = None          # k, answers to each problem; tiny: 16, else 16 or 64, as the authors
+    context: Usual[int] = None          # most tokens of prompt and answer; tiny: 512, else 4096 (Qwen2.5-Math) or 8192
+    max_tokens: Usual[int] = None       # most tokens of an answer; tiny: 80, else what the context leaves
+    lr: Usual[float | Literal["paper"]] = None  # share of RMS(h_l); tiny: 0.06, else the authors' rate, if any
+    lr_absolute: Usual[float] = None    # Adam's rate itself, instead of --lr; full: tiny 3e-4, the authors' or 1e-6
+    warmup: Usual[int] = None           # steps in which the rate rises to its value; tiny: 3, else 3 % of an epoch
+    clip: float = 2.0                   # the gradient of all vectors together is clipped to this norm
+    temperature: float = 1.0            # of the sampler, and of the logits in training (papers: 1)
+    reward: Literal["verify", "sign", "random"] = "verify"  # 1 or 0 by Math-Verify; sign: 1 or -1; random: a coin
     weight_cap: float = 2.0             # cap on pi/mu per token sampled by vLLM; 0 turns the correction off
     recompute: Literal["auto", "yes", "no"] = "auto"  # recompute layers in the backward pass; auto: if memory is short
     read_once: Literal["auto", "yes", "no"] = "auto"  # read a prompt once for its k answers; auto: unless recomputed
     reuse: Literal["auto", "yes", "no"] = "auto"  # reuse the hidden states of sampling; auto: if memory allows
-    micro_tokens: Usual[int] = None     # tokens of a training forward pass, with padding: 4096; 16384
+    micro_tokens: Usual[int] = None     # tokens of a training forward pass, with padding; tiny: 4096, else 16384
     eval_problems: int = 400            # held-out problems for the comparison at the end; 0: none
-    eval_every: Usual[int] = None       # also measure on them every so many steps: points on the reward curve
+    eval_every: Usual[int] = None       # also measure on them every so many steps: the squares in reward.png
     keep_every: Usual[int] = None       # keep a checkpoint every so many steps, for evaluate.py --checkpoints
-    seed: int = 0                       # of the order of the problems, the rollouts and the held-out samples
-    out: Usual[str] = None              # run folder: out/MODEL-layerLAYER and what is special
+    seed: int = 0                       # seed of the order of the problems, of the rollouts and of the held-out samples
+    out: Usual[str] = None              # run folder; default: out/MODEL-layerLAYER and what is special
     resume: bool = False                # go on with the run in that folder
 
 
@@ -183,7 +181,6 @@ class Run:
     rows: list[dict]  # problems to train on
     held_out: Problems | None
     subject: Subject  # the model, its sampler, and how it is asked
-    save_every: int  # steps between saved states for --resume
     timeouts: int = field(default_factory=grading_timeouts)  # comparisons that the grader gave up before this step
     bar: Bar | None = None
 
@@ -193,9 +190,9 @@ def main(args: Config) -> None:
     run = open_run(args)
     args, subject, trained = run.args, run.subject, trained_of(run)
     adam = adam_of(trained.values, trained.rates)
-    first = start(run, trained, adam)
+    start(run, trained, adam)
     with settings.told_how_to_go_on(run):
-        for step in progress(run, first):
+        for step in run.bar:
             batch = batch_of_problems(run.rows, args.prompts, step, args.seed)  # N problems
             with timed("sampling"):  # k answers to each, of the steered model
                 rolled = subject.rollouts(trained.steering, batch, args.samples, **how_to_sample(run, trained, step))
@@ -292,7 +289,8 @@ def save(run: Run, step: int, trained, adam: torch.optim.Adam) -> None:
     """
     if run.args.keep_every and (step + 1) % run.args.keep_every == 0 and rank() == 0:
         trained.write(run.out / "checkpoints" / f"{step + 1:05}", step + 1)
-    if (step + 1) % run.save_every == 0 or step + 1 == run.args.steps:
+    every = 53 if run.args.method == "full" else 1  # 53 as the authors, because the files are large
+    if (step + 1) % every == 0 or step + 1 == run.args.steps:
         if rank() == 0:
             trained.write(run.out, step + 1)
         # written last: --resume counts a step as done once this file is there
@@ -351,13 +349,9 @@ def trained_of(run: Run):
     return Few(made, run) if run.args.numbers else made
 
 
-def vectors_in(folder: str, llm) -> dict:
-    return model.load_vectors(Path(folder) / "vectors.safetensors", llm.config)[0]
-
-
 def earlier_directions(args, llm, places: list) -> dict:
     """{place: (n, D) orthonormal rows that span the vectors of the --orthogonal-to runs there}."""
-    runs = {run: vectors_in(run, llm) for run in args.orthogonal_to}
+    runs = {run: model.load_vectors(run, llm.config)[0] for run in args.orthogonal_to}
     found = {}
     for place in places if runs else ():
         for run, vectors in runs.items():
@@ -388,7 +382,7 @@ def start_values(args: Config, llm, rms: dict) -> tuple[dict, dict]:
     uniform in +- 1 / sqrt(F), because they chose the rates for that. --init takes the run's tensors instead.
     """
     draw, values = torch.Generator().manual_seed(args.seed), {}
-    given = vectors_in(args.init, llm) if args.init else {}
+    given = model.load_vectors(args.init, llm.config)[0] if args.init else {}
     for place, size in rms.items():
         module, matrix = model.site_module(llm, place), model.split(place).matrix
         s = torch.zeros(getattr(module, "out_features", llm.config.hidden_size))
@@ -431,7 +425,7 @@ def learning_rates(args: Config, rms: dict, values: dict) -> dict:
 def open_run(args: Config) -> Run:
     """Fill in the defaults, load the problems and the model."""
     settings.check(args)
-    args, problems, save_every, epochs = settings.with_defaults(args)
+    args, problems, epochs = settings.with_defaults(args)
     held_out = problems_of(args.held_out).first(args.eval_problems) if args.held_out and args.eval_problems else None
     if len(problems.rows) < args.prompts:
         sys.exit(f"--prompts {args.prompts}: the data has only {len(problems.rows)} problems")
@@ -461,12 +455,15 @@ def open_run(args: Config) -> Run:
         args = replace(args, lr=config_of(out)["lr"])  # the default depends on --steps, which may be more now
     args = settings.with_rate(args, layers)
     subject.folder = out.parent / "answers"
-    return Run(args, out, fit, held_out, subject, save_every)
+    return Run(args, out, fit, held_out, subject)
 
 
-def start(run: Run, trained, adam: torch.optim.Adam) -> int:
-    """Make the run folder, or with --resume check its settings and load the saved state. Returns the first step."""
-    subject, first = run.subject, 0
+def start(run: Run, trained, adam: torch.optim.Optimizer) -> None:
+    """Make the run folder, or with --resume check its settings and load the saved state; make the progress bar."""
+    subject, first, steps = run.subject, 0, run.args.steps
+    if not isinstance(adam, torch.optim.Adam) and run.args.lr_absolute is None:
+        small = "gradients are about 1e-5 a coordinate, so SGD wants a rate of thousands"
+        sys.exit(f"--lr is a step of Adam; with another optimiser give --lr-absolute ({small})")
     subject.holds = trained.steering
     config = asdict(run.args) | {name: getattr(subject, name) for name in ("template", "system", "device", "dtype")}
     config |= {"prompt_day": str(DAY), "sampler": subject.samples_with}  # exits if vLLM cannot hold the vectors
@@ -474,17 +471,10 @@ def start(run: Run, trained, adam: torch.optim.Adam) -> int:
     if run.args.resume:
         first = processes.load_state(run.out / "state.pt", trained.values, adam)
         trained.put_back()
-    processes.barrier()  # every process has read the folder before process 0 writes to it
+    all_gather(None)  # a barrier: every process has read the folder before process 0 writes to it
     if rank() == 0:
         settings.begin(run.out, config, first)
-    return first
-
-
-def progress(run: Run, first: int) -> Bar:
-    """The steps to do, with a progress bar."""
-    steps = run.args.steps
     run.bar = Bar(range(first, steps), leave=True, initial=first, total=steps, desc="reward  ?", unit="steps")
-    return run.bar
 
 
 # ------------------------------------------------------------------------------------------------- what a step found
@@ -503,8 +493,7 @@ def log(run: Run, step: int, vectors: dict, sums: dict, batch, rolled, right, re
         append(run.out / "samples.jsonl", some_samples(step, batch, rolled.texts, rewards))
     append(run.out / "metrics.jsonl", [metrics])
     if step == run.bar.initial and metrics["truncated"] > 0.9:
-        cut = f"{100 * metrics['truncated']:.0f} % of the answers are cut off"
-        run.bar.write(f"{cut}: raise --context or --max-tokens")
+        run.bar.write(f"{100 * metrics['truncated']:.0f} % of the answers are cut off: raise --context or --max-tokens")
 
 
 def metrics_of(run: Run, vectors: dict, sums: dict, rolled, right, rewards) -> dict:
@@ -543,10 +532,8 @@ def metrics_of(run: Run, vectors: dict, sums: dict, rolled, right, rewards) -> d
     if "held_out" in sums:
         metrics["held_out"] = sums["held_out"]  # share of right answers to the held-out problems
     if total["compared"]:  # a few 1e-2 nats in bfloat16; a jump means that the sampler has other vectors
-        metrics |= {
-            "mismatch_mean": total["off"] / total["compared"],
-            "mismatch_max": max(part["off_max"] for part in parts),
-        }
+        metrics["mismatch_mean"] = total["off"] / total["compared"]
+        metrics["mismatch_max"] = max(part["off_max"] for part in parts)
     if rolled.logps is not None:
         metrics["weights_clipped"] = total["clipped"] / trained_tokens
     return metrics
@@ -563,7 +550,7 @@ def some_samples(step: int, batch: list[dict], texts: list[str], rewards: torch.
 
 def held_out_accuracy(run: Run, vectors: dict, step: int) -> dict[str, float]:
     """
-    At the steps of --eval-every {"held_out": share of right answers to the held-out problems, one each at T = 1}.
+    {"held_out": share of right answers to the held-out problems, one each at T = 1}; {} between the --eval-every steps.
 
     The random numbers are those of the comparison at the end. Every process has to call it.
     """

@@ -208,10 +208,8 @@ def check_training(rows: list[dict], args: Config) -> list[dict]:
     conflicting = {problem for problem, different in golds.items() if len(different) > 1}
     drop = (dirty if args.drop_contaminated else set()) | (conflicting if args.drop_conflicting else set())
     kept = [row for row in rows if letters(row["problem"]) not in drop]
-    print(
-        f"  {len(golds)} different problems; {len(conflicting)} have different golds; "
-        f"in benchmarks: {', '.join(shared)}"
-    )
+    counts = f"{len(golds)} different problems; {len(conflicting)} have different golds"
+    print(f"  {counts}; in benchmarks: {', '.join(shared)}")
     print(f"  rows dropped: {len(rows) - len(kept)} (--drop-contaminated and --drop-conflicting decide)")
     return kept
 
@@ -228,10 +226,8 @@ def prepare(name: str, args: Config) -> None:
         parts = [load_hub(hub, config, part, REVISIONS[hub]) for part in split.split("+") for config in configs]
         raw, origin = [row for part, _ in parts for row in part], f"{hub} at {parts[0][1]}"
     wanted = " or ".join(map(str, expected))
-    print(
-        f"{name}: {len(raw)} rows of {origin}, expected {wanted}"
-        + ("" if len(raw) in expected else ": WARNING, they differ")
-    )
+    differ = "" if len(raw) in expected else ": WARNING, they differ"
+    print(f"{name}: {len(raw)} rows of {origin}, expected {wanted}{differ}")
 
     rows, changed, without, unanswered = [], 0, [], []
     for number, row in enumerate(raw, 1):
@@ -248,10 +244,8 @@ def prepare(name: str, args: Config) -> None:
             without.append(number)
     if not rows:
         sys.exit(f"{name}: no row of {origin} has a gold")
-    print(
-        f"  golds cleaned: {changed}; rows without a gold, left out: {len(without)}"
-        + (f", {without[:10]}" if without else "")
-    )
+    which = f", {without[:10]}" if without else ""
+    print(f"  golds cleaned: {changed}; rows without a gold, left out: {len(without)}{which}")
     if unanswered:
         print(f"  rows whose gold is no answer (proof, notfound), left out: {len(unanswered)}, {unanswered[:10]}")
     if name == "math":

@@ -16,9 +16,10 @@ COLOUR = "\033[30;43m{}\033[0m"  # black on yellow
 @torch.no_grad()
 def speak(models: list[tuple], tokenizer, prompt, limit: int, stop: list[int], temperature=0.0, seed=0) -> list[int]:
     """
-    Decode and print an answer of the first (llm, vectors), that of `model.sample` for k = 1; returns its tokens.
+    Print an answer of the first model while it is decoded; returns its tokens, those of `model.sample` for k = 1.
 
-    On a terminal those are in colour where the last model, given the same text and random number, takes another.
+    models: [(llm, vectors), ...]. On a terminal a token is in colour where the last of them would have chosen another
+    one, from the same text and the same random number.
     """
     colour = COLOUR if sys.stdout.isatty() and not os.environ.get("NO_COLOR") else "{}"
     caches, noise = [fast.empty_cache(llm) for llm, _ in models], model.uniform(seed, limit, 1)
@@ -60,6 +61,8 @@ def ask(subject: model.Subject, steered: list[dict], run: dict, args) -> None:
     for x, vectors in zip(args.strength, steered if args.run else ()):
         speakers["steered" if args.strength == (1.0,) else f"strength {x:g}"] = [(tuned.llm, vectors), base]
     stop = model.stop_ids(subject.llm, subject.tokenizer)
+    if not args.ask and sys.stdin.isatty():
+        print("Type a question and press Enter; Ctrl-D ends.")
     for number, question in enumerate(filter(str.strip, args.ask or sys.stdin)):
         prompt = subject.prompt({"problem": question.strip()}, args.prefix)
         (seed,) = model.prompt_seeds((args.seeds or (0,))[0], [number])

@@ -41,9 +41,10 @@ class Bar(tqdm):
     @property
     def format_dict(self) -> dict:
         """
-        What is shown. A sampler's time left is as if the answers to come had as many tokens as those so far.
+        What is shown. A sampler's time left assumes that the answers to come are as long as those so far.
 
-        That is the tokens so far, of unfinished answers too, for every finished one; never more than the limits allow.
+        Their length is estimated as all tokens drawn, also of unfinished answers, over the answers that have ended.
+        Together they never have more tokens than the limits allow.
         """
         found = super().format_dict
         if self.tokens:
@@ -78,6 +79,6 @@ def watch() -> None:
 
 @contextmanager
 def waiting(what: str):
-    """A clock inside the context, or while the function that it decorates runs, whose end cannot be foretold."""
+    """Show a clock inside the context, or while the decorated function runs: its end cannot be estimated."""
     with Bar(desc=what, bar_format="{desc}: {elapsed}"):
         yield

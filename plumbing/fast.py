@@ -1,10 +1,12 @@
 """
-What makes sampling and training fast. No story needs it: each of these gives the same numbers as the plain way.
+What makes sampling and training fast. No story needs it: everything here gives the same numbers as the plain way.
 
-What k answers to one prompt share: its keys and values in sampling (AnswerCache) and in training (read_together), and
-the states of lower layers (starting_at). A head that keeps a gradient in place of logits (ChosenLogps). Micro-batches
-(batches) and layers that are computed again (recomputed). Shapes are those of model.py; H heads, K key-value heads,
-G = H / K, E the size of a head.
+- The k answers to a prompt share its keys and values, in sampling (AnswerCache) and in training (read_together).
+- Training starts at the lowest trained layer, with the states that sampling computed there (starting_at).
+- The head keeps a gradient instead of the logits (ChosenLogps).
+- Rows are put into micro-batches (batches); layers are computed again in the backward pass (recomputed).
+
+Shapes are those of model.py; H heads, K key-value heads, G = H / K, E the size of a head.
 """
 
 from contextlib import contextmanager
@@ -33,10 +35,10 @@ class AnswerCache:
     """
     Keys and values while answers are decoded: those of N prompts once, and those of every row's own tokens.
 
-    A row's attention is one softmax over both: softmax(q [K_prompt, K_own]^T) [V_prompt, V_own]. For the products with
-    a prompt's keys and values, the queries of its rows are one matrix: they are read once, not once a row.
-    All in float32, whatever the model has: bfloat16 scores of a size of 100 would be off by 0.25. sdpa adds up in
-    float32, too.
+    A row's attention is one softmax over both: softmax(q [K_prompt, K_own]^T) [V_prompt, V_own]. The queries of all
+    rows of a prompt are put into one matrix, so that the prompt's keys and values are read once, and not once a row.
+    All of it is float32, whatever the model's dtype: bfloat16 scores of a size of 100 would be off by 0.25, and sdpa
+    adds up in float32, too.
     """
 
     def __init__(self, prompts: DynamicCache, mask: torch.Tensor, k: int):
@@ -97,24 +99,18 @@ class AnswerCache:
 
 
 def looks_back(llm) -> bool:
-    """Whether every layer is attention to all tokens before it or to the last ones: no states, no chunks."""
+    """Whether every layer attends to all earlier tokens or to the last ones; not if it is recurrent or has chunks."""
     kinds = getattr(llm.config.get_text_config(), "layer_types", None) or ()
     return set(kinds) <= {"full_attention", "sliding_attention"}
 
 
 def empty_cache(llm) -> DynamicCache:
-    """Without the config, so that sliding-window layers too keep every position; with it where layers have states."""
+    """Without the config, so that sliding-window layers keep every position, too; recurrent layers need the config."""
     return DynamicCache() if looks_back(llm) else DynamicCache(config=llm.config)
 
 
-def filled(cache: DynamicCache) -> bool:
-    """Whether a forward pass has put something into it; some models keep what they remember elsewhere."""
-    states = [getattr(layer, "is_conv_states_initialized", {}).values() for layer in cache.layers]
-    return any(map(any, states)) or any(getattr(layer, "is_initialized", False) for layer in cache.layers)
-
-
 def plain(llm, cache: DynamicCache) -> bool:
-    """Whether all that a model remembers of a text are keys and values of every layer, none of them another layer's."""
+    """Whether a model remembers a text as keys and values alone, and every layer has its own."""
     each = [type(layer) is DynamicLayer and layer.keys.shape == layer.values.shape for layer in cache.layers]
     llm.remembers_keys = looks_back(llm) and each == [True] * llm.config.get_text_config().num_hidden_layers
     return llm.remembers_keys
@@ -122,7 +118,7 @@ def plain(llm, cache: DynamicCache) -> bool:
 
 @torch.no_grad()
 def shareable(llm) -> bool:
-    """Whether a prompt's part in that can be computed once for all of its answers: seen on one token, once a model."""
+    """Whether a prompt can be read once for all of its answers, see `plain`. Tried with one token, once for a model."""
     if not hasattr(llm, "remembers_keys"):
         cache, llm.answer_positions = empty_cache(llm), torch.ones(1, 1, device=llm.device)
         llm.get_decoder()(input_ids=torch.tensor([[0]], device=llm.device), past_key_values=cache, use_cache=True)
@@ -132,7 +128,7 @@ def shareable(llm) -> bool:
 
 
 def takes_attention(llm) -> bool:
-    """Whether the model calls a function for its attention that others may replace, now sdpa, on a CPU."""
+    """Whether the model is on a CPU, and its attention is a function that can be replaced (now sdpa)."""
     # not on a GPU, where the model's own attention and a copy of the prompt for every row were not measured against it
     replaceable = llm.config._attn_implementation == "sdpa" and type(llm)._can_set_attn_implementation()
     return replaceable and llm.device.type == "cpu"
@@ -140,7 +136,7 @@ def takes_attention(llm) -> bool:
 
 @contextmanager
 def attending(llm, cache: AnswerCache):
-    """Inside the context the attention of the model, of no other, is `cache.attend`."""
+    """Inside the context `cache.attend` is the attention of this model, and of no other."""
     before = llm.config._attn_implementation
     AttentionInterface.register(ATTENTION, cache.attend)
     llm.config._attn_implementation = ATTENTION
@@ -156,7 +152,7 @@ def batches(lengths: list[int], budget: int, prompts: list[list[int]] | None = N
     Split rows into batches of at most `budget` tokens, padding included: lists of row numbers, longest rows first.
 
     A row longer than the budget gets a batch of its own. ([3, 5, 2], 6) -> [[1], [0, 2]]
-    prompts: of every row the prompt, where it is read once for all rows of a batch and is no part of their lengths.
+    prompts: the prompt of every row, if it is read once for all rows of a batch. Then `lengths` are without it.
     """
     prompts, numbers = [tuple(p) for p in prompts or [()] * len(lengths)], {}
     number = [numbers.setdefault(p, len(numbers)) for p in prompts]
@@ -180,12 +176,24 @@ def states_by_row(prompts, completions, fed, entering) -> list[tuple[torch.Tenso
     prompt for itself, then (rows, 1, D) each; is emptied.
     """
     first, k = entering[0], len(completions) // len(prompts)
-    first = first.repeat_interleave(len(completions) // len(first), 0)
+    each = len(completions) // len(first)  # rows that share the states of a prompt
     later = first.new_zeros(len(completions), len(fed), first.shape[-1])
     for t, (rows, h) in enumerate(zip(fed, entering[1:])):
         later[rows, t] = h[:, 0]
     entering.clear()
-    return [(first[i, -len(prompts[i // k]) :], later[i, : len(c) - 1]) for i, c in enumerate(completions)]
+    return [(first[i // each, -len(prompts[i // k]) :], later[i, : len(c) - 1]) for i, c in enumerate(completions)]
+
+
+@contextmanager
+def computing(blocks, function):
+    """Inside the context, every block computes function(its own forward) instead."""
+    for block in blocks:
+        block.forward = function(block.forward)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward  # the class's own is visible again
 
 
 @contextmanager
@@ -195,17 +203,10 @@ def starting_at(blocks, layer: int, h: torch.Tensor | None):
         yield
         return
     handle = blocks[layer].register_forward_pre_hook(lambda module, args: (h, *args[1:]))
-    for block in blocks[:layer]:
-        block.forward = lambda x, *args, **how: x
-    try:
+    with handle, computing(blocks[:layer], lambda forward: lambda x, *args, **how: x):
         yield
-    finally:
-        handle.remove()
-        for block in blocks[:layer]:
-            del block.forward  # the class's own is visible again
 
 
-@contextmanager
 def recomputed(blocks):
     """
     Inside the context these layers keep only their input for the backward pass and are computed again there.
@@ -213,21 +214,15 @@ def recomputed(blocks):
     Memory for the activations of one layer instead of all; costs a second forward pass. Not reentrant: the reentrant
     kind drops gradients where no input needs one, and here a layer's only trainable part is in a hook.
     """
-    for block in blocks:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-    try:
-        yield
-    finally:
-        for block in blocks:
-            del block.forward  # the class's own is visible again
+    return computing(blocks, lambda forward: partial(checkpoint, forward, use_reentrant=False))
 
 
 class ChosenLogps(torch.autograd.Function):
     """
-    log softmax(z / temperature)[y] of every row, z = head(h), with its gradient: (rows, D) is kept, never the logits.
+    log softmax(z / temperature)[y] of every row, with z = head(h). It keeps the gradient, (rows, D), not the logits.
 
-    A row's log-prob depends on its own state alone, so one backward pass of their sum gives the gradients of all, and
-    the head runs forward and back once; with `checkpoint` it would run forward twice. d log p_y / dz = (1[y] - p) / T.
+    A row's log-prob depends on its own state alone, so one backward pass of their sum gives the gradients of all. The
+    head runs forward and back once; with `checkpoint` it would run forward twice. d log p_y / dz = (1[y] - p) / T.
     """
 
     @staticmethod
@@ -255,10 +250,10 @@ class ChosenLogps(torch.autograd.Function):
 
 def read_together(llm, blocks, prompts, completions, layer=0, kept: list | None = None) -> torch.Tensor:
     """
-    As `read`, but a prompt is run once for all of its completions: the states that predict their tokens, row by row.
+    As `read`, but each prompt is run once for all of its completions.
 
-    Gradients flow through the prompt's keys and values. blocks: the decoder layers. kept: of every row the states that
-    enter `layer`, see `sample`.
+    Returns the states that predict the completions' tokens, row by row. Gradients flow through the prompt's keys and
+    values. blocks: the decoder layers. kept: the states of every row that enter `layer`, see `sample`.
     """
     texts = list(dict.fromkeys(map(tuple, prompts)))  # N of them, each once
     owner = [texts.index(tuple(p)) for p in prompts]

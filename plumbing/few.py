@@ -21,9 +21,9 @@ class Few:
 
     It has the methods of Vectors. Sampler, gradient and file know nothing of v, because the tensors s stay leaves. M_i
     are the columns of P (each vector has a v of its own), or U S P_i (TinyLoRA: all LoRAs share one).
-    Learning rate: a step of v shall move the stream as far as a step of a vector, whose rate is r, would. If v_i = +-1
-    add g to a coordinate (RMS), the rate of v is r / g, for orthonormal P r sqrt(D / u): 4 r for 4 numbers of 64.
-    If several places share v, g / r is averaged over them.
+    Learning rate: a step of v should move the stream as far as a step of a whole vector, with the rate r, would. If
+    v_i = +-1 change a coordinate by g (RMS), the rate of v is r / g. For orthonormal P that is r sqrt(D / u): 4 r for 4
+    numbers of 64. If several places share v, g / r is averaged over them.
     """
 
     def __init__(self, made, run):
@@ -98,7 +98,8 @@ def tiny_lora(llm, made, u: int, draw: torch.Generator) -> dict:
         A.copy_(normalize(U.T @ W))
         maps[place.replace("lora_A", "lora_B")] = torch.stack(US_P).to(A)
     if u > len(maps) * r * r:
-        sys.exit(f"--numbers {u}: {len(maps)} x rank {r} squared has fewer; give --layer all or a higher --rank")
+        most = f"{len(maps)} LoRAs of rank {r} are made from at most {len(maps) * r * r}"
+        sys.exit(f"--numbers {u}: {most}; give --layer all or a higher --rank")
     return maps
 
 

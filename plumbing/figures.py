@@ -142,8 +142,8 @@ def lines(ax, series, flat=(), depth=None, names=None, log_y=False, whole_x=Fals
     """
     Lines with bands.
 
-    depth: a colour is the number of a layer of so many, early ones warm and late ones cool (P4 Fig. 2). names: of
-    x = 0, 1, ...; whole_x: only whole numbers on the x axis; x: its limits.
+    depth: colours are numbers of layers, of so many; early ones are warm and late ones cool (P4 Fig. 2). names: what
+    stands at x = 0, 1, ...; whole_x: only whole numbers stand on the x axis; x: its limits.
     """
     for one in series:
         colour = SHADES(one["colour"] / max(1, depth - 1)) if depth else one["colour"]

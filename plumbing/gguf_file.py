@@ -1,8 +1,9 @@
 """
 A model in a GGUF file, the format of llama.cpp: read by transformers, then a plain model of dense weights.
 
-What transformers would read wrong without a word is put right here, or refused in one line: rotary frequencies that a
-file scales, digits that some tokenizers split, weights that are not in the file.
+transformers reads some of these files wrong without saying so: it ignores scaled rotary frequencies, does not know
+tokenizers that split numbers into digits, and makes up weights that a file lacks. This module corrects what it can, and
+ends the program with one line where it cannot.
 """
 
 import sys

@@ -8,7 +8,6 @@ V vocabulary.
 import os
 import resource
 import sys
-from contextlib import suppress
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -38,24 +37,14 @@ def free(device) -> int:
         return 8 << 30
 
 
-def start(device="cpu") -> int:
-    """Begin to measure `peak`; returns what is in use now."""
-    if torch.device(device).type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    else:
-        with suppress(OSError):  # no Linux: the peak is that of the whole process
-            Path("/proc/self/clear_refs").write_text("5")
-    return peak(device)
-
-
 def peak(device) -> int:
-    """The most memory that this process has had since `start`."""
+    """The most memory that this process has had."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
         status = Path("/proc/self/status").read_text()
         return 1024 * int(status.split("VmHWM:")[1].split()[0])
-    except (OSError, IndexError):
+    except (OSError, IndexError):  # no Linux
         return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
@@ -78,8 +67,8 @@ def activation_bytes(config, b: int, weights=False) -> int:
     What the backward pass of one layer keeps of one token: 8 D + (4 H E + 3 F) b.
 
     Two norms keep their input in float32, attention its queries, keys, values and result, the MLP gate, its
-    activation and up. Qwen2.5-0.5B (D 896, H E 896, F 4,864) in bfloat16: 43,520. weights: theirs are trained, too,
-    so that every linear module keeps its input: (2 D + F) b more.
+    activation and up. Qwen2.5-0.5B (D 896, H E 896, F 4,864) in bfloat16: 43,520. weights: all weights are trained;
+    then every linear module keeps its input, too: (2 D + F) b more.
     """
     config, (H, _, E) = config.get_text_config(), heads(config)
     D, F = config.hidden_size, getattr(config, "intermediate_size", None) or 4 * config.hidden_size
@@ -97,21 +86,15 @@ def head_rows(V: int, device="cpu") -> int:
     return max(1, min(1024, room // (4 * V)))
 
 
-class Plan(NamedTuple):
-    """How a step is trained."""
-
-    share: bool  # a prompt is read once for all of its answers
-    recompute: bool  # layers keep their input alone, and are computed again in the backward pass
-    budget: int  # tokens of a micro-batch
-
-
 ROOM = {"cpu": 2 << 30}  # for activations, at most: more rows at once do not make a CPU faster
 
 
-def plan(llm, lowest: int, lengths: list, budget: int, recompute="auto", read_once="auto") -> Plan:
+def plan(llm, lowest: int, lengths: list, budget: int, recompute="auto", read_once="auto") -> tuple[bool, bool, int]:
     """
-    What to share and to compute again, so that a micro-batch fits into half of what is free.
+    How a step is trained, so that a micro-batch fits into half of what is free: (once, again, tokens of a micro-batch).
 
+    once: a prompt is read once for all of its answers. again: layers keep only their input for the backward pass, and
+    are computed again there.
     lowest: the lowest layer with something trained, -1 for all weights. lengths: (prompt, answer) of every row.
     budget: tokens of a micro-batch, at most. recompute, read_once: "yes", "no", or "auto".
     Smaller micro-batches go before computing again, which costs a forward pass, as long as they have 1,024 tokens and
@@ -124,7 +107,7 @@ def plan(llm, lowest: int, lengths: list, budget: int, recompute="auto", read_on
     # a layer that is computed again would fill a cache of the prompts twice
     if again and once:
         sys.exit("--read-once yes wants --recompute no")
-    return Plan(once, again, budget)
+    return once, again, budget
 
 
 def micro_batch(config, b, device: str, there: int, lowest, longest, budget, recompute="auto") -> tuple[bool, int]:
@@ -137,7 +120,7 @@ def micro_batch(config, b, device: str, there: int, lowest, longest, budget, rec
 
 # ------------------------------------------------------------------------------------------- said before a run starts
 
-PROMPT = 256  # tokens of a prompt, as a guess: before the model is loaded no prompt has been read
+PROMPT = 256  # tokens of a prompt, a guess: no prompt has been read before the model is loaded
 
 
 class Job(NamedTuple):
@@ -186,7 +169,7 @@ def estimate(config, b: int, device: str, there: int, job: Job) -> Estimate:
     once = int(PROMPT * (1 - 1 / job.k))  # what a row saves if a prompt is there once for its k answers
     if left < 0 and n * b < there:
         ways = "lower --vllm-memory" if job.vllm else "use more processes (torchrun)"
-        hints.append(f"what is there all the time: {ways}")
+        hints.append(f"what stays in memory all the time: {ways}")
     if not job.vllm:
         most = int(0.7 * left / (token * job.tokens))  # as in model.sample
         if most < job.k:
@@ -221,10 +204,12 @@ def say(subject, k: int, context: int, **training) -> None:
     device = torch.device(subject.device).type
     found = estimate(subject.config, b, device, there, Job(k, tokens, subject.rows, share, **training))
     parts = [f"{what} {size / 1e9:.1f}" for part in found[:3] for what, size in part.items()]
-    print(f"{subject.name} in {subject.dtype} on {device}; memory in GB, at most: {'; '.join(parts)}; at once {found.most / 1e9:.1f}, free {there / 1e9:.1f}")
+    print(f"{subject.name} in {subject.dtype} on {device}")
+    print(f"memory in GB, at most: {'; '.join(parts)}; at once {found.most / 1e9:.1f}, free {there / 1e9:.1f}")
     if found.always["weights"] > there and (device == "cuda" or sys.platform == "linux"):  # elsewhere `free` guesses
-        way = "; --dtype bfloat16 halves them" if b == 4 else ""
-        sys.exit(f"the weights of {subject.name} do not fit: {parts[0].split()[-1]} GB of {there / 1e9:.1f}{way}")
+        way = "; --dtype bfloat16 halves that" if b == 4 else ""
+        size = f"they take {parts[0].split()[-1]} GB, and {there / 1e9:.1f} are free"
+        sys.exit(f"the weights of {subject.name} do not fit: {size}{way}")
     for hint in found.hints:
         print(f"this may not fit: {hint}")
 

@@ -68,11 +68,6 @@ def all_reduce(x: torch.Tensor) -> None:
         dist.all_reduce(x)
 
 
-def barrier() -> None:
-    """Wait until every process has come this far."""
-    all_gather(None)
-
-
 # ---------------------------------------------------------------------------------------------------- sharded tensors
 
 

@@ -1,5 +1,6 @@
 """
-Settings of train.py: defaults for each model, checks, the name of a run, and what a resumed run must not change.
+Settings. How a model is asked (Asking) is common to all three programs. For train.py: the defaults of each model, the
+checks, the name of a run, and what a resumed run must not change.
 
 The authors' settings are a table in data/paper.json, by model and by the data that they trained it on.
 """
@@ -8,9 +9,9 @@ import json
 import os
 import sys
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import torch
 import tyro
@@ -20,8 +21,9 @@ from plumbing.files import FAMILY, ROOT, config_of, lines_of, write
 from plumbing.processes import state_of
 
 T = TypeVar("T")
-# an option that may be left out: its comment says what happens then, so --help adds no "(default: None)"
+# an option that may be left out. Its comment says what happens then, so --help does not add "(default: None)"
 Usual = Annotated[T | None, tyro.conf.arg(help_behavior_hint="")]
+Several = Annotated[tuple[T, ...], tyro.conf.arg(help_behavior_hint="")]  # the same for a list, empty if it is left out
 
 # settings that change no number: a resumed run or a kept result may differ in them
 CHANGE_NO_NUMBER = ("device", "sampler", "vllm_memory", "tensor_parallel", "rows", "out")
@@ -32,6 +34,22 @@ def own_first(config):
     all_fields = config.__dataclass_fields__
     config.__dataclass_fields__ = {name: all_fields[name] for name in [*config.__annotations__, *all_fields]}
     return config
+
+
+@dataclass(kw_only=True)
+class Asking:
+    """How a model is asked. train.py, evaluate.py and analyze.py have these settings in common."""
+
+    template: Usual[Literal["native", "qwen-math", "r1"]] = None  # of the prompt: the run's; else native, or r1
+    system: Usual[str] = None              # system message: the run's; else to reason step by step, with a boxed answer
+    context: Usual[int] = None             # tokens of prompt and answer: the model's own, at most 32768
+    max_tokens: Usual[int] = None          # longest answer in tokens: the run's; else what the context leaves
+    sampler: Literal["auto", "hf", "vllm"] = "auto"  # auto: vLLM if it is installed and a GPU is there, else hf
+    vllm_memory: float = 0.45              # share of the GPU's memory for vLLM, beside the Hugging Face model
+    tensor_parallel: int = 1               # GPUs that one vLLM engine is spread over
+    rows: int = 512                        # most answers sampled at once; all answers to a prompt are sampled together
+    device: str = "auto"                   # cpu, cuda, ...; auto: a GPU if there is one
+    dtype: str = "auto"                    # of the frozen model: float32 or bfloat16; vectors are always float32
 
 
 def flag(name: str) -> str:
@@ -57,7 +75,7 @@ def check_seed(seed: int) -> None:
 def check(args) -> None:
     """Exit with one line for a setting of train.py that cannot work, before anything is loaded or written."""
     at_least(args, steps=1, prompts=1, samples=2, max_tokens=1, warmup=1, rows=1, context=2, tensor_parallel=1)
-    at_least(args, micro_tokens=1, rank=1, numbers=1, eval_every=1, keep_every=1)
+    at_least(args, micro_tokens=1, rank=1, numbers=1, eval_every=1, keep_every=1, eval_problems=0)
     for name in ("temperature", "lr", "lr_absolute", "clip"):
         value = getattr(args, name)
         if value not in (None, "paper") and not 0 < value < 1e30:  # must be a float32 number
@@ -66,7 +84,8 @@ def check(args) -> None:
     useless = {"lora": ("orthogonal_to", "numbers"), "full": ("site", "where", "orthogonal_to", "init", "numbers")}
     for name in useless.get(args.method, ()):
         if getattr(args, name) != getattr(type(args), name):
-            suits = "vector or tinylora" if name == "numbers" else "vector"
+            suits = {"orthogonal_to": "vector", "init": "vector or lora", "numbers": "vector or tinylora"}
+            suits = suits.get(name, "vector, lora or tinylora")
             sys.exit(f"{flag(name)} goes with --method {suits}, not with {args.method}")
     for name in ("orthogonal_to", "init") if args.numbers or args.method == "tinylora" else ():
         if getattr(args, name):
@@ -171,11 +190,11 @@ def recipe(model: str, method: str = "vector", source: str | None = None) -> dic
         found["numbers"] = 13  # arXiv:2602.04118
     if method == "full":
         found["lr_absolute"] = full_rate
-    return found | dict(save_every=53 if method == "full" else 1)  # 53 as the authors: 6 times in their runs
+    return found
 
 
 def with_defaults(args) -> tuple:
-    """(args with every default of the recipe filled in, training problems, steps between saved states, epochs)."""
+    """(args with every default of the recipe filled in, training problems, epochs)."""
     tiny = args.model in FAMILY
     usual = "data/tiny/train.jsonl" if tiny else "data/deepscaler.jsonl"
     if args.data is None and not (ROOT / usual).is_file():
@@ -187,10 +206,10 @@ def with_defaults(args) -> tuple:
         known = "full" in authors(args.model, source)["lr"]
         whose = "the authors' rate for this model" if known else "as usual; the authors' rate for it is not known"
         print(f"all weights: {found['lr_absolute']:g} a step, {whose}")
-    save_every, epochs = found.pop("save_every"), found.pop("epochs")
+    epochs = found.pop("epochs")
     found |= {"data": usual, "recipe": source}
     args = replace(args, **{name: value for name, value in found.items() if getattr(args, name) is None})
-    return args, problems, save_every, epochs
+    return args, problems, epochs
 
 
 def with_rate(args, layers: list[int]):
@@ -223,10 +242,15 @@ def unusual(config: dict) -> list[tuple[str, str]]:
     return [(name, label) for special, name, label in choices if special]
 
 
+def stem_of(model: str) -> str:
+    """A model's name in the name of a folder: "Qwen/Qwen2.5-0.5B" -> "Qwen2.5-0.5B", "a/b.gguf" -> "b"."""
+    return Path(os.path.abspath(model)).name.removesuffix(".gguf")  # abspath: "." has a name, too
+
+
 def name_of_run(args) -> str:
     """The folder's name, from train.py's settings: MODEL-layerLAYER and what is special."""
     what = "full" if args.method == "full" else f"layer{args.layer}"
-    return "-".join([Path(args.model).name.removesuffix(".gguf"), what, *(name for name, _ in unusual(vars(args)))])
+    return "-".join([stem_of(args.model), what, *(name for name, _ in unusual(vars(args)))])
 
 
 def label_of(config: dict) -> str:

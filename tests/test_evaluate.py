@@ -1,5 +1,6 @@
 """evaluate.py: what it writes agrees with what the model does."""
 
+import io
 import json
 import math
 import re
@@ -380,9 +381,12 @@ def test_what_is_written_to_the_terminal_is_what_is_measured(run, monkeypatch, c
 
 
 def test_questions_are_read_until_the_end_and_a_base_model_answers_alone(run, monkeypatch, capsys):
-    monkeypatch.setattr("sys.stdin", iter(["Start with 5, add 3. What is the result?\n", "\n"]))
+    typed = io.StringIO("Start with 5, add 3. What is the result?\n\n")
+    typed.isatty = lambda: True
+    monkeypatch.setattr("sys.stdin", typed)
     evaluate.main(config(None, model="tiny", ask=(), prefix="To", max_tokens=9))
     out = capsys.readouterr().out
+    assert out.startswith("Type a question and press Enter; Ctrl-D ends.\n")
     assert out.count("base: To") == 1 and "steered" not in out and "strength" not in out and "\033" not in out
     assert not stored()
 

@@ -3,6 +3,7 @@
 import itertools
 import json
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -166,11 +167,13 @@ def test_names_say_how_many_numbers():
     args = train.Config(layer="all", method="tinylora", rank=2, numbers=13)
     assert name_of_run(args) == "tiny-layerall-tinylora2-numbers13"
     assert label_of(vars(args)) == "all, TinyLoRA of rank 2, 13 numbers"
+    assert name_of_run(train.Config(model="folder/some.gguf")) == "some-layer27"
+    assert name_of_run(train.Config(model=".")) == f"{Path.cwd().name}-layer27"
 
 
 def test_more_numbers_than_there_are_give_one_line():
     with pytest.raises(SystemExit, match="--numbers 33: a vector there has 32 numbers"):
         few(numbers=33)
-    with pytest.raises(SystemExit, match="--numbers 13: 3 x rank 2 squared has fewer; give --layer all or a higher"):
+    with pytest.raises(SystemExit, match="--numbers 13: 3 LoRAs of rank 2 are made from at most 12; give --layer all"):
         few(layer="all", method="tinylora", rank=2, numbers=13)
     assert numbers.orthonormal(32, 32, torch.Generator()).shape == (32, 32)

@@ -274,7 +274,7 @@ def test_vllm_takes_only_what_it_can_hold(monkeypatch):
 
     def samples_with(sampler, places, device="cuda:0", architecture="Qwen2ForCausalLM"):
         config = SimpleNamespace(architectures=[architecture], max_position_embeddings=9)
-        how = dict(sampler=sampler, holds=places, device=device)
+        how = dict(sampler=sampler, holds={place: torch.zeros(1) for place in places}, device=device)
         return subject_of(SimpleNamespace(config=config), None, **how).samples_with
 
     held = [27, "3.attention", "3.self_attn.o_proj", "2.mlp.down_proj", "2.lora_A", "2.lora_B"]
@@ -488,6 +488,8 @@ def test_importing_changes_no_other_model(prompts):
 
 def test_dtype_is_the_checkpoints_own_where_the_processor_multiplies_it(monkeypatch):
     own = {dtype: Qwen2Config(dtype=dtype) for dtype in ("float32", "bfloat16", "float16", None)}
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *shape, device=None, **how: zeros(*shape, **how))  # all are there
     for there, want in ((True, "bfloat16"), (False, "float32")):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda there=there: {"avx2": True, "avx512_bf16": there})
         assert model.resolve("cpu", "auto", own["bfloat16"]) == ("cpu", want)
@@ -607,9 +609,11 @@ def test_inputs_stay_as_they_are(qwen2, prompts):
 
 
 def test_vectors_survive_the_file_bit_for_bit(qwen2, tmp_path):
-    vectors = {0: vector(1), 2: vector(2).requires_grad_()}
-    model.save_vectors(tmp_path / "v.safetensors", vectors, qwen2, "some/model", step=5)
-    got, meta = model.load_vectors(tmp_path / "v.safetensors", qwen2.config, "some/model")
+    vectors, file = {0: vector(1), 2: vector(2).requires_grad_()}, tmp_path / "vectors.safetensors"
+    model.save_vectors(file, vectors, qwen2, "some/model", step=5)
+    got, meta = model.load_vectors(file, qwen2.config, "some/model")
+    of_the_run, _ = model.load_vectors(tmp_path, qwen2.config)
+    assert all(torch.equal(of_the_run[layer], vectors[layer]) for layer in vectors)
     assert list(got) == [0, 2] and all(torch.equal(got[layer], vectors[layer]) for layer in got)
     numbers = {"width": "32", "num_layers": "3", "step": "5", "layers": "0, 2"}
     says = {"operation": "add", "positions": "all", "site": "end of layer", "model_checksum": "unknown"}

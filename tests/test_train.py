@@ -263,6 +263,20 @@ def test_kept_states_give_the_log_probs_of_whole_texts(dtype, off, how):
     assert difference(swapped) > 2 * off
 
 
+@torch.no_grad()
+def test_micro_batches_without_vectors_are_the_base_models():
+    """As a KL term wants them, from answers of the steered model, whose states were kept."""
+    llm, s, prompts = random_llm(), {2: torch.ones(32, requires_grad=True)}, [[5, 6, 7], [8, 9]]
+    with model.steer(llm, s):
+        done, ended, states = model.sample(llm, prompts, 2, 9, STOP, seed=3, keep=2)
+        steered, _ = model.token_logps(llm, rows := [p for p in prompts for _ in "12"], done)
+    want, mask = model.token_logps(llm, rows, done)
+    assert (steered - want)[mask].abs().mean() > 0.1
+    rolled = model.Rollouts(rows, done, ended, [""] * 4, None, states)
+    for batch, logps, here in model.micro_batches(llm, {}, rolled, [3, 1, 0], 16):
+        torch.testing.assert_close(logps[here], want[batch, : here.shape[1]][here], rtol=1e-4, atol=1e-5)
+
+
 def test_states_are_kept_only_where_they_are_used_and_fit(tmp_path, monkeypatch):
     """The same run with and without."""
     kept, real = [], train.accumulate_gradient
@@ -335,7 +349,7 @@ def test_rows_without_advantage_are_not_run(monkeypatch):
 
 def test_recipes_of_the_papers():
     """Typed from notes on the authors' configs: 64 answers for three models, 4,096 tokens for Qwen2.5-Math."""
-    usual = {"prompts": 128, "samples": 16, "context": 8192, "epochs": 1, "micro_tokens": 16384, "save_every": 1}
+    usual = {"prompts": 128, "samples": 16, "context": 8192, "epochs": 1, "micro_tokens": 16384}
     usual |= {"held_out": None}  # data/math500.jsonl where it is
     math7b = "Qwen/Qwen2.5-Math-7B"
     for name in ("some/other", "Qwen/Qwen2.5-7B", "Qwen/Qwen2.5-7B-Instruct", "Qwen/Qwen2.5-14B"):
@@ -345,7 +359,7 @@ def test_recipes_of_the_papers():
     for name in ("Qwen/Qwen2.5-1.5B", "Qwen/Qwen2.5-1.5B-Instruct", "meta-llama/Llama-3.1-8B"):
         assert settings_file.recipe(name) == usual | {"samples": 64}
     full = settings_file.recipe(math7b, "full")
-    assert full["lr_absolute"] == 1e-6 and full["save_every"] == 53
+    assert full["lr_absolute"] == 1e-6
     assert settings_file.recipe("Qwen/Qwen2.5-Math-1.5B", "full", "deepscaler")["lr_absolute"] == 2e-6
     llama = usual | {"samples": 64, "context": 1024, "epochs": 2}  # B Table 6 and the configs of GSM8K and MATH
     assert settings_file.recipe("meta-llama/Llama-3.1-8B", source="gsm8k") == llama
@@ -990,12 +1004,14 @@ def test_a_finished_run_is_not_overwritten(tmp_path):
         ({"weight_cap": 0.5}, "--weight-cap wants at least 1"),
         ({"method": "lora", "site": "input-norm"}, "a LoRA goes on a linear module"),
         ({"site": "nowhere"}, "a layer of this model has no 'nowhere'; sites are input-norm, attention"),
-        ({"method": "full", "where": "answer"}, "--where goes with --method vector, not with full"),
+        ({"method": "full", "where": "answer"}, "--where goes with --method vector, lora or tinylora, not with full"),
         ({"sampler": "vllm", "site": "input-norm"}, "a vector at 27.input-norm is no bias of vLLM's layers"),
         ({"sampler": "vllm", "where": "answer"}, "a vector at 27@answer is no bias of vLLM's layers"),
         ({"method": "full", "orthogonal_to": ("a",)}, "--orthogonal-to goes with --method vector, not with full"),
         ({"method": "lora", "numbers": 4}, "--numbers goes with --method vector or tinylora, not with lora"),
+        ({"method": "full", "init": "a"}, "--init goes with --method vector or lora, not with full"),
         ({"numbers": 0}, "--numbers wants at least 1, got 0"),
+        ({"eval_problems": -1}, "--eval-problems wants at least 0, got -1"),
         ({"numbers": 4, "init": "a"}, "--init is for whole vectors, not for those made of a few numbers"),
         ({"method": "tinylora", "orthogonal_to": ("a",)}, "--orthogonal-to is for whole vectors"),
         ({"rank": 0}, "--rank wants at least 1, got 0"),
@@ -1009,6 +1025,35 @@ def test_settings_that_cannot_work_give_one_line(tmp_path, changes, message):
     with pytest.raises(SystemExit, match=message):
         train.main(settings(tmp_path / "run", **changes))
     assert not (tmp_path / "run").exists()
+
+
+def test_another_optimiser_wants_a_rate_of_its_own(tmp_path, monkeypatch):
+    """SGD with Adam's rates would run without an error, and leave the vector where it is."""
+
+    def sgd(values, rates):
+        return torch.optim.SGD(
+            [{"params": [s], "lr": r, "highest": r} for s, r in zip(values.values(), rates.values())]
+        )
+
+    monkeypatch.setattr(train, "adam_of", sgd)
+    with pytest.raises(SystemExit, match="another optimiser give --lr-absolute"):
+        train.main(settings(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+    how = dict(steps=1, warmup=1, lr_absolute=3000.0, reward="random")
+    train.main(settings(tmp_path / "run", **how))
+    train.main(settings(tmp_path / "run", **how | {"steps": 2}, resume=True))
+    moved = [row["vector_norm"]["27"] for row in lines(tmp_path / "run/metrics.jsonl")]
+    assert 0.01 < moved[0] < moved[1]
+
+
+def test_all_weights_are_saved_every_53_steps_and_vectors_every_step(tmp_path, monkeypatch):
+    saved, trained = [], SimpleNamespace(values={}, write=lambda *where: None)
+    monkeypatch.setattr(processes, "save_state", lambda path, step, *rest: saved.append(step))
+    for method, want in (("full", [53, 106, 120]), ("vector", list(range(1, 121)))):
+        saved.clear()
+        for step in range(120):
+            train.save(SimpleNamespace(args=train.Config(method=method, steps=120), out=tmp_path), step, trained, None)
+        assert saved == want
 
 
 def test_ctrl_c_in_the_first_step_promises_nothing(tmp_path, monkeypatch):

@@ -17,7 +17,6 @@ import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import matplotlib
 import torch
 import tyro
 import world
@@ -29,11 +28,9 @@ import train
 from data.problems import Problems, problems_of
 from evaluate import Estimate, answers, summary
 from model import Subject
+from plumbing.figures import BANDS, draw_figure, line
 from plumbing.files import TINY, lines_of, weights_digest
 from plumbing.settings import Usual, recipe
-
-matplotlib.use("Agg")  # writing a PNG needs no window system
-import matplotlib.pyplot as plt  # noqa: E402
 
 LAST = 27
 
@@ -53,39 +50,30 @@ def trained(out: Path, layer: str, seed: int, **changes) -> dict[int, torch.Tens
     run = out / f"layer{layer}{changed}-seed{seed}"
     settings = train.Config(layer=layer, seed=seed, eval_problems=0, out=str(run), **changes)
     train.main(replace(settings, resume=(run / "state.pt").is_file()))
-    return model.load_vectors(run / "vectors.safetensors", model.load_config("tiny"), "tiny")[0]
+    return model.load_vectors(run, model.load_config("tiny"), "tiny")[0]
 
 
-def reward_curve(out: Path, layer: str, seeds) -> list[float]:
-    """The training reward of every step, the mean over seeds."""
-    runs = [lines_of(out / f"layer{layer}-seed{seed}" / "metrics.jsonl") for seed in seeds]
-    return [statistics.mean(row["reward_mean"] for row in rows) for rows in zip(*runs)]
-
-
-def draw_curves(curves: dict[str, list[float]], path: Path) -> None:
-    """Training reward against the step, a line for each layer: have they converged?"""
-    fig, ax = plt.subplots(figsize=(5, 3.2), constrained_layout=True)
-    for name, curve in curves.items():
-        ax.plot(range(1, len(curve) + 1), [100 * reward for reward in curve], lw=1.2, label=name)
-    ax.set(xlabel="step", ylabel="training reward (%)", ylim=(0, 100))
-    ax.legend(frameon=False, fontsize=7, ncols=3)
-    fig.savefig(path, dpi=150)
+def draw_curves(out: Path, names: list[str], seeds) -> None:
+    """Training reward against the step, the mean over seeds, a line for each layer: have they converged?"""
+    series = []
+    for i, name in enumerate(names):
+        runs = [lines_of(out / f"layer{name}-seed{seed}" / "metrics.jsonl") for seed in seeds]
+        means = [{"value": statistics.mean(row["reward_mean"] for row in rows)} for rows in zip(*runs)]
+        label = "all layers" if name == "all" else f"layer {name}"
+        series.append(line(label, range(1, len(means) + 1), means, f"C{i}"))
+    panel = dict(form="lines", series=series, xlabel="step", ylabel="training reward (%)")
+    draw_figure(out / "curves.png", None, [panel], floor=0)
 
 
 def draw_rates(found: dict[str, dict[float, Estimate]], path: Path) -> None:
     """Accuracy against the learning rate, a line for each layer. found: {layer: {rate: accuracy}}."""
-    fig, ax = plt.subplots(figsize=(5, 3.2), constrained_layout=True)
-    for layer, by_rate in found.items():
-        y = [100 * right.value for right in by_rate.values()]
-        low, high = zip(*(right.interval for right in by_rate.values()))
-        spread = [[a - 100 * b for a, b in zip(y, low)], [100 * b - a for a, b in zip(y, high)]]
-        ax.errorbar(list(by_rate), y, spread, marker="o", ms=4, capsize=2, label=f"layer {layer}")
-    ax.set_xscale("log")
-    ax.set_xticks(sorted(by_rate), [f"{lr:g}" for lr in sorted(by_rate)])
-    ax.minorticks_off()
-    ax.set(xlabel="learning rate as a share of RMS(h)", ylabel="right answers, T = 1 (%)", ylim=(0, 100))
-    ax.legend(frameon=False, loc="lower left")
-    fig.savefig(path, dpi=150)
+    series = []
+    for i, (name, by_rate) in enumerate(found.items()):
+        rows = [by_rate[lr].json() for lr in sorted(by_rate)]
+        series.append(line(f"layer {name}", range(len(rows)), rows, f"C{i}"))
+    panel = dict(form="lines", series=series, names=[f"{lr:g}" for lr in sorted(by_rate)])
+    panel |= dict(xlabel="learning rate as a share of RMS(h)", ylabel="right answers, T = 1 (%)")
+    draw_figure(path, None, [panel], note=BANDS, floor=0)
 
 
 @dataclass
@@ -204,8 +192,7 @@ def main(args: Config) -> None:
     else:
         base, to = check_base(check)
         vectors = {name: [trained(out, name, seed) for seed in args.seeds] for name in [*names, "all"]}
-        curves = {f"layer {name}": reward_curve(out, name, args.seeds) for name in names}
-        draw_curves(curves | {"all layers": reward_curve(out, "all", args.seeds)}, out / "curves.png")
+        draw_curves(out, [*names, "all"], args.seeds)
         middle = check_layers(check, vectors, base, to)
         check_lens(check, vectors[str(LAST)])
         check_controls(check, middle, vectors[middle], base)

@@ -16,7 +16,6 @@ import hashlib
 import json
 import random
 import sys
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -30,7 +29,9 @@ from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, Qwen2Toke
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
+import model
 from plumbing.bars import Bar
+from plumbing.files import written
 from plumbing.settings import Usual
 
 # as in Qwen2.5-Math, the reasoning prompt is the system message unless another one is given
@@ -130,7 +131,9 @@ def batch_loss(llm, tokenizer, documents, even: float, alike: float) -> float:
         for i, (p, c) in enumerate(part):
             inputs[i, : len(p) + len(c)] = torch.tensor(p + c)
             targets[i, len(p) : len(p) + len(c)] = torch.tensor(c)  # prompts are not learned
-        with residual_stream(llm) as states:
+        states = []  # the output of every layer; the last entry of output_hidden_states comes after the final norm
+        keep = [(block, lambda module, args, h, states=states: states.append(h)) for block in llm.model.layers]
+        with model.hooks(keep):
             logits = llm(input_ids=inputs, use_cache=False).logits
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), targets[:, 1:].flatten(), reduction="sum") / tokens
         real = torch.arange(T) < torch.tensor([[len(p) + len(c)] for p, c in part])  # (B, T), no padding
@@ -138,16 +141,6 @@ def batch_loss(llm, tokenizer, documents, even: float, alike: float) -> float:
         (loss + (even * unevenness(states, real) + alike * distance(states, ends)) / len(parts)).backward()
         total += loss.item()
     return total
-
-
-@contextmanager
-def residual_stream(llm):
-    """Yields a list. A forward pass inside the context fills it with the output of every layer, (B, T, D) each."""
-    states = []  # output_hidden_states would not do: its last entry is taken after the final norm
-    handles = [block.register_forward_hook(lambda module, args, h: states.append(h)) for block in llm.model.layers]
-    yield states
-    for handle in handles:
-        handle.remove()
 
 
 def unevenness(states, real: torch.Tensor) -> torch.Tensor:
@@ -256,8 +249,8 @@ def main(args: Config) -> None:
         bar.set_description_str(f"loss {loss:.3f}")
         if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == args.steps:
             state = {"settings": settings, "step": step + 1, "llm": llm.state_dict(), "adam": adam.state_dict()}
-            torch.save(state, checkpoint.with_suffix(".tmp"))
-            checkpoint.with_suffix(".tmp").replace(checkpoint)
+            with written(checkpoint) as new:
+                torch.save(state, new)
     llm.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
     checkpoint.unlink()  # otherwise the next run would resume a finished one

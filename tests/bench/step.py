@@ -16,6 +16,7 @@ its activations, the head forward and back.
 import statistics
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -61,6 +62,16 @@ def generate(llm, prompts, k, max_tokens, stop, frozen):
     llm.requires_grad_(False)
     ends = torch.isin(out, torch.tensor(stop, device=out.device))
     return (ends.cumsum(1) - ends.long() == 0).sum().item()
+
+
+def start_of_peak(device="cpu") -> int:
+    """Begin to measure `memory.peak`; returns what is in use now."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with suppress(OSError):  # no Linux: the peak is that of the whole process
+            Path("/proc/self/clear_refs").write_text("5")
+    return memory.peak(device)
 
 
 def step(llm, prompts, k: int, length: int, layer: int) -> float:
@@ -172,7 +183,7 @@ def table(args: Config, llm, prompts, stop, vectors: dict) -> None:
                     trained = {layer: torch.zeros_like(trained[0], requires_grad=True) for layer in range(depth)}
                 states = states_of(llm, rows, completions, n)
                 rolled = model.Rollouts(rows, completions, [True] * len(rows), [""] * len(rows), None, states)
-            before = memory.start()
+            before = start_of_peak()
             began = time.perf_counter()
             if part in lowest:
                 train.accumulate_gradient(llm, trained, rolled, torch.ones(len(rows)), 1.0, 4096)
