@@ -49,6 +49,7 @@ from plumbing.files import (
     one_line,
     save_table,
 )
+from plumbing.loading import load_config
 from plumbing.settings import Usual, check_measuring, folders_of, own_first, stem_of
 from rewards import grade, last_number_right, no_answer
 
@@ -412,7 +413,7 @@ def vectors_of(run, config: dict, other=False) -> tuple[dict, dict]:
     if not any(Path(run).glob(file)):
         sys.exit(f"no {what} in {run}: the run did not get that far, --resume goes on with it")
     name = config["model"]
-    return ({}, {}) if full else model.load_vectors(Path(run) / file, model.load_config(name), None if other else name)
+    return ({}, {}) if full else model.load_vectors(Path(run) / file, load_config(name), None if other else name)
 
 
 def scaled(vectors: dict, strength: float) -> dict:

@@ -30,6 +30,7 @@ if sys.path[0] == str(Path(__file__).parent):  # this folder has a vllm.py that 
     sys.path[0] = str(Path(__file__).parents[1])
 import model  # noqa: E402
 from plumbing.files import base_checksum, config_of, is_gguf, json_of, one_line, source_of, write, written  # noqa: E402
+from plumbing.loading import load_config  # noqa: E402
 from plumbing.settings import Usual, label_of  # noqa: E402
 
 
@@ -63,7 +64,7 @@ def export(
     if settings.get("method") == "full":
         sys.exit(f"{run} trained all weights: {run}/weights is a model folder, which other programs load as it is")
     name, file = settings["model"], Path(run) / "vectors.safetensors"
-    config = model.load_config(name)
+    config = load_config(name)
     vectors, meta = model.load_vectors(file, config, name)
     now = base_checksum(name)
     if (then := meta.get("model_checksum", now)) != now:

@@ -24,6 +24,7 @@ from data.problems import Problems
 from evaluate import Estimate
 from plumbing import figures
 from plumbing.files import TINY
+from plumbing.loading import load_config
 
 FAMILIES = ["qwen2", "llama", "mistral", "gemma2"]
 PROMPTS = [[5, 9, 3, 7], [8, 4], [11, 6, 12, 13, 3]]
@@ -382,7 +383,7 @@ def test_an_interruption_keeps_what_was_measured(runs, tmp_path, monkeypatch):
     assert [3, 26] in calls and [20] in calls
     assert go("ablate", str(out / "three"), n=3) == doc and len(calls) == 5  # and now nothing is measured again
     path = out / "three" / "vectors.safetensors"
-    vectors, _ = model.load_vectors(path, model.load_config("tiny"))
+    vectors, _ = model.load_vectors(path, load_config("tiny"))
     model.save_vectors(path, vectors | {20: vectors[20] + 1}, model.load("tiny", "cpu")[0], "tiny", 0)
     go("ablate", str(out / "three"), n=3)
     assert len(calls) == 5 + 8 - 4  # base, only 3, only 26 and without 20 have no changed vector

@@ -21,8 +21,9 @@ from data.problems import PAPERS, problems_of
 from evaluate import Estimate
 from plumbing import ask
 from plumbing.files import TINY
+from plumbing.loading import load_config
 
-SIZE = model.load_config("tiny")
+SIZE = load_config("tiny")
 ALL = problems_of(ROOT / "data/tiny/train.jsonl").rows
 
 

@@ -23,6 +23,7 @@ from conftest import ROOT  # noqa: E402
 import analyze  # noqa: E402
 import evaluate  # noqa: E402
 import model  # noqa: E402
+import plumbing.export  # noqa: E402
 import train  # noqa: E402
 from plumbing import ask  # noqa: E402
 from plumbing.export import AS_LLAMA, export  # noqa: E402
@@ -175,7 +176,8 @@ class Family:
     def __init__(self, kind: str, folder: Path, patch):
         self.kind, self.llm, self.folder, self.answered = kind, tiny(kind), folder, 0
         patch.setattr(model, "load", self.load)
-        patch.setattr(model, "load_config", lambda name: self.llm.config)
+        for user in (model, evaluate, plumbing.export):
+            patch.setattr(user, "load_config", lambda name: self.llm.config)
         patch.setattr(train, "plot_reward", lambda *args: None)
         patch.setattr(analyze, "draw", lambda *args: None)
         rollouts = model.Subject.rollouts

@@ -13,6 +13,7 @@ import model
 import train
 from plumbing import gguf_file
 from plumbing.export import Trained, export, to_gguf
+from plumbing.loading import load_config
 
 pytest.importorskip("gguf")
 
@@ -30,7 +31,7 @@ def tiny_file(tiny, tmp_path_factory):
 def test_it_is_the_model_that_was_written(tiny, tiny_file, tmp_path):
     (tiny_file.parent / "tokenizer.json").write_text("{}")  # of another model: what lies beside the file counts nothing
     llm, tokenizer = model.load(str(tiny_file), "cpu")
-    assert model.load_config(str(tiny_file)).architectures == ["Qwen2ForCausalLM"]
+    assert load_config(str(tiny_file)).architectures == ["Qwen2ForCausalLM"]
     for (name, ours), (wanted_name, wanted) in zip(llm.named_parameters(), tiny[0].named_parameters(), strict=True):
         assert name == wanted_name and type(ours) is torch.nn.Parameter and not ours.requires_grad
         assert torch.equal(ours, wanted), name
@@ -96,7 +97,7 @@ def test_llama_3s_rotary_frequencies(tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(loaded(ids).logits, llm(ids).logits, rtol=0, atol=1e-3)
     with pytest.raises(SystemExit, match="in another way than Llama 3.1"):
-        model.load_config(str(found["other"]))
+        load_config(str(found["other"]))
 
 
 def permuted(llm):
@@ -114,7 +115,7 @@ def permuted(llm):
 def test_what_would_be_read_wrong_is_refused(tiny, tiny_file, tmp_path):
     scaled = write_gguf(tmp_path / "scaled.gguf", tiny[0], rope_scaling_type=yarn(), rope_scaling_factor=4.0)
     with pytest.raises(SystemExit, match=r"qwen2.rope.scaling.type = yarn, qwen2.rope.scaling.factor = 4.0.*does not"):
-        model.load_config(str(scaled))
+        load_config(str(scaled))
     lost = "model.layers.3.mlp.up_proj.weight"
     lacking = write_gguf(tmp_path / "lacking.gguf", tiny[0], leave_out=(lost,))
     with pytest.raises(SystemExit, match=f"lacks 1 weights, such as {lost}"):
@@ -133,9 +134,9 @@ def test_what_would_be_read_wrong_is_refused(tiny, tiny_file, tmp_path):
         said = str(error.value)
         assert "transformers reads GGUF files of bloom," in said and "llama, " in said and "\n" not in said, name
     with pytest.raises(SystemExit, match="no file .*gone.gguf"):
-        model.load_config(str(tmp_path / "gone.gguf"))
+        load_config(str(tmp_path / "gone.gguf"))
     with pytest.raises(SystemExit, match="if you mean a .gguf file, give"):
-        model.load_config(str(tmp_path))
+        load_config(str(tmp_path))
 
 
 def yarn():

@@ -17,6 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import model
 from data.problems import problems_of
+from plumbing import loading
 from plumbing.vllm import VLLM
 
 STOP = [2, 7, 11, 13, 17, 19, 23, 29]  # many stop tokens, so that the lengths of random answers vary
@@ -492,10 +493,10 @@ def test_dtype_is_the_checkpoints_own_where_the_processor_multiplies_it(monkeypa
     monkeypatch.setattr(torch, "zeros", lambda *shape, device=None, **how: zeros(*shape, **how))  # all are there
     for there, want in ((True, "bfloat16"), (False, "float32")):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda there=there: {"avx2": True, "avx512_bf16": there})
-        assert model.resolve("cpu", "auto", own["bfloat16"]) == ("cpu", want)
-        assert {model.resolve("cpu", "auto", own[name])[1] for name in ("float32", "float16", None)} == {"float32"}
-        assert model.resolve("cuda", "auto", own["float32"]) == ("cuda", "bfloat16")
-        assert model.resolve("cpu", "float32", own["bfloat16"]) == ("cpu", "float32")
+        assert loading.resolve("cpu", "auto", own["bfloat16"]) == ("cpu", want)
+        assert {loading.resolve("cpu", "auto", own[name])[1] for name in ("float32", "float16", None)} == {"float32"}
+        assert loading.resolve("cuda", "auto", own["float32"]) == ("cuda", "bfloat16")
+        assert loading.resolve("cpu", "float32", own["bfloat16"]) == ("cpu", "float32")
     assert model.load("tiny", "cpu")[0].dtype == torch.float32  # as its checkpoint
 
 

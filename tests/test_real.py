@@ -15,6 +15,7 @@ import math
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 import analyze
 import model
@@ -42,7 +43,7 @@ def real(request, smollm2):
 
 @pytest.fixture(scope="module")
 def prompts(smollm2):
-    tokenizer = model.AutoTokenizer.from_pretrained(smollm2)
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
     found = [model.prompt_ids(tokenizer, problem, system="") for problem in PROBLEMS]
     assert len({len(ids) for ids in found}) > 5 and all(ids.count(tokenizer.bos_token_id) == 3 for ids in found)
     return found

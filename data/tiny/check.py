@@ -30,6 +30,7 @@ from evaluate import Estimate, answers, summary
 from model import Subject
 from plumbing.figures import BANDS, draw_figure, line
 from plumbing.files import TINY, lines_of, weights_digest
+from plumbing.loading import load_config
 from plumbing.settings import Usual, recipe
 
 LAST = 27
@@ -50,7 +51,7 @@ def trained(out: Path, layer: str, seed: int, **changes) -> dict[int, torch.Tens
     run = out / f"layer{layer}{changed}-seed{seed}"
     settings = train.Config(layer=layer, seed=seed, eval_problems=0, out=str(run), **changes)
     train.main(replace(settings, resume=(run / "state.pt").is_file()))
-    return model.load_vectors(run, model.load_config("tiny"), "tiny")[0]
+    return model.load_vectors(run, load_config("tiny"), "tiny")[0]
 
 
 def draw_curves(out: Path, names: list[str], seeds) -> None:
