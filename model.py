@@ -202,7 +202,11 @@ def steer(llm, vectors: dict):
             continue  # goes with its A
         if at.matrix == "lora_A":
             B = vectors[str(place).replace("lora_A", "lora_B")].to(llm.device)
-        pairs.append((site_module(llm, place), partial(_add, llm, at.where, s.to(llm.device), B)))
+        module = site_module(llm, place)
+        wanted = getattr(module, "in_features" if at.matrix else "out_features", s.shape[-1])
+        if s.shape[-1] != wanted:
+            sys.exit(f"the vector at {place} has {s.shape[-1]} numbers; {wanted} fit there")
+        pairs.append((module, partial(_add, llm, at.where, s.to(llm.device), B)))
     with hooks(pairs):
         yield
 
@@ -490,7 +494,7 @@ def micro_batches(
 
     vectors: {} for the base model. rows: those to run, of all in `rolled`; the longest come first. budget: tokens of a
     micro-batch, at most. recompute, read_once: see memory.plan. logps, mask: see token_logps.
-    Run the backward pass before the next one is taken: until then the model has the vectors, and its memory is needed.
+    The vectors are in the model until the next micro-batch is taken, so run the backward pass inside the loop.
     """
     lowest, lengths = lowest_trained(vectors), [(len(rolled.prompts[i]), len(rolled.completions[i])) for i in rows]
     share, recompute, budget = memory.plan(llm, lowest, lengths, budget, recompute, read_once)

@@ -62,7 +62,7 @@ class Config(settings.Asking):
     rank: int = 1                       # rank of a LoRA; with --site end it is on mlp.down_proj
     numbers: Usual[int] = None          # train only this many numbers; a fixed random map makes the vector from them
     orthogonal_to: Several[str] = ()    # keep the vector orthogonal to the vectors of these runs
-    init: Usual[str] = None             # start from this run's vectors; those that are not trained here stay fixed
+    init: Usual[str] = None             # start from this run's vectors; those not trained here stay fixed
     data: Usual[str] = None             # jsonl to train on; tiny: data/tiny/train.jsonl, else data/deepscaler.jsonl
     recipe: Usual[str] = None           # the authors' settings for this data; default: the data's source or deepscaler
     held_out: Usual[str] = None         # jsonl to measure on; tiny: data/tiny/test.jsonl, else data/math500.jsonl
@@ -79,7 +79,7 @@ class Config(settings.Asking):
     reward: Literal["verify", "sign", "random"] = "verify"  # 1 or 0 by Math-Verify; sign: 1 or -1; random: a coin
     weight_cap: float = 2.0             # cap on pi/mu per token sampled by vLLM; 0 turns the correction off
     recompute: Literal["auto", "yes", "no"] = "auto"  # recompute layers in the backward pass; auto: if memory is short
-    read_once: Literal["auto", "yes", "no"] = "auto"  # read a prompt once for its k answers; auto: unless recomputed
+    read_once: Literal["auto", "yes", "no"] = "auto"  # run a prompt once for its k answers; auto: unless recomputed
     reuse: Literal["auto", "yes", "no"] = "auto"  # reuse the hidden states of sampling; auto: if memory allows
     micro_tokens: Usual[int] = None     # tokens of a training forward pass, with padding; tiny: 4096, else 16384
     eval_problems: int = 400            # held-out problems for the comparison at the end; 0: none

@@ -50,7 +50,7 @@ SOURCES = {  # name: (hub id, configs, split, field of the problem, field of the
 }
 SAMPLES = {"aime24": 32, "aime25": 32, "amc23": 32, "gsm8k_test": 8}  # answers to a problem; else 1 (P4 Sec. 2, B)
 BENCHMARKS = list(SOURCES)[:7]  # they come first, so that `all` can compare the training sets with them
-REVISIONS = {  # commits that public code, named or not, pins beside these ids; not looked up at the hub itself
+REVISIONS = {  # as other public code pins them; where one is gone from the hub, put main
     "HuggingFaceH4/aime_2024": "2fe88a2f1091d5048c0f36abc874fb997b3dd99a",  # aethercompute/aether-rl taskset.py
     "agentica-org/DeepScaleR-Preview-Dataset": "b6ae8c60f5c1f2b594e2140b91c49c9ad0949e29",  # the same file
     "math-ai/aime25": "563bb8404243c5f09de6ec262f2db674fe5bce9b",  # allenai/open-instruct prepare_eopd_math_prompts.py

@@ -54,6 +54,9 @@ def one_line():
         if stream is getattr(sys, f"__{name}__") and stream is not None:  # else it is a notebook's or a test's
             raw = io.BufferedWriter(Lasting(stream.fileno(), "w", closefd=False))
             setattr(sys, name, io.TextIOWrapper(raw, stream.encoding, "replace", line_buffering=True))
+    for text in sys.argv[1:]:
+        if text != text.encode("utf-8", "replace").decode():  # bytes of another encoding
+            sys.exit(f"options must be UTF-8, got {ascii(text)}")
     try:
         yield
     except (OSError, SystemExit) as error:

@@ -216,6 +216,9 @@ CASES = {  # what it is: (how it is broken, the command, what the last line of s
     "vectors with a width that is a text": (lambda: tensors(VECTORS, len, width="wide"), RUN, VECTORS),
     "vectors without any tensor": (lambda: tensors(VECTORS, dict.clear), RUN, VECTORS),
     "vectors with NaN": (lambda: tensors(VECTORS, lambda t: t["layers.1"].fill_(float("nan"))), RUN, VECTORS),
+    "vectors of another module's width": (
+        lambda: tensors(VECTORS, lambda t: t.update({"layers.1.self_attn.k_proj": torch.ones(5)})),
+        RUN, "1.self_attn.k_proj"),
     "vectors of whole numbers": (
         lambda: tensors(VECTORS, lambda t: t.update({"layers.1": torch.ones(32).long()})), RUN, VECTORS),
     "a LoRA without its B": (
@@ -430,6 +433,8 @@ def test_a_closed_pipe_and_a_console_without_utf8_lose_no_result(here):
     shutil.rmtree("out/there")
     done = python(f"{RUN} --out out/there --seeds 0 1 --temperatures 1", PYTHONIOENCODING="ascii")
     assert Path("out/there/eval.json").is_file() and done.returncode == 0 and b"?" in done.stdout  # for the sign ±
+    done = python(f"{RUN} --prefix $'\\xff'")
+    assert done.returncode and done.stderr.splitlines()[-1].startswith(b"options must be UTF-8")
     done = python(f"{RUN} --data problems", NANOSTEER_DEBUG="1")
     assert b"Traceback" in done.stderr and done.stderr.splitlines()[-1].startswith(b"no problems at problems")
 
