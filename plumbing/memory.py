@@ -174,7 +174,7 @@ def estimate(config, b: int, device: str, there: int, job: Job) -> Estimate:
         most = int(0.7 * left / (token * job.tokens))  # as in model.sample
         if most < job.k:
             hints.append(f"the {job.k} answers to a problem, sampled together: lower --context or --samples")
-        rows = max(1, min(job.rows, most) // job.k) * job.k
+        rows = max(1, min(job.rows, most, job.answers or job.rows) // job.k) * job.k
         sampling[f"keys and values of {rows} answers"] = rows * token * (job.tokens - once * (device == "cpu"))
         sampling["scores"] = 2 * rows * text.vocab_size * b + rows // job.k * PROMPT * layer
     if job.lowest is not None:
