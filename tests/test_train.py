@@ -466,7 +466,7 @@ def test_the_default_rate_of_a_real_model(real):
 
 
 def test_more_steps_of_a_run_keep_its_rate(real, tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"lr": 0.03}))
+    (tmp_path / "config.json").write_text(json.dumps({"model": "other", "lr": 0.03}))
     how = dict(steps=999, out=str(tmp_path))
     assert opened(real, "other", resume=True, **how).args.lr == 0.03
     assert opened(real, "other", resume=True, lr=0.01, **how).args.lr == 0.01
