@@ -43,7 +43,7 @@ class Asking:
     template: Usual[Literal["native", "qwen-math", "r1"]] = None  # of the prompt: the run's; else native, or r1
     system: Usual[str] = None              # system message: the run's; else to reason step by step, with a boxed answer
     context: Usual[int] = None             # tokens of prompt and answer: the model's own, at most 32768
-    max_tokens: Usual[int] = None          # longest answer in tokens: the run's; else what the context leaves
+    max_tokens: Usual[int] = None          # longest answer in tokens: the run's; tiny: 80, else what the context leaves
     sampler: Literal["auto", "hf", "vllm"] = "auto"  # auto: vLLM if it is installed and a GPU is there, else hf
     vllm_memory: float = 0.45              # share of the GPU's memory for vLLM, beside the Hugging Face model
     tensor_parallel: int = 1               # GPUs that one vLLM engine is spread over
