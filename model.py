@@ -739,8 +739,8 @@ def load_vectors(path, config, model: str | None = None) -> tuple[dict, dict[str
         tensors = {name: file.get_tensor(name) for name in file.keys()}
     missing = [key for key in ("model", "width", "num_layers", "site", "step") if key not in meta]
     if missing or not tensors:
-        missing = missing or ["a tensor, too"]
-        sys.exit(f"{path} is not a file of steering vectors: its metadata lacks {', '.join(missing)}")
+        lacks = f"its metadata lacks {', '.join(missing)}" if missing else "it has no tensors"
+        sys.exit(f"{path} is not a file of steering vectors: {lacks}")
     width, depth = config.hidden_size, config.num_hidden_layers
     if model is not None and meta["model"] != model:
         sys.exit(f"{path} was trained for the model {meta['model']!r}, not for {model!r}")

@@ -103,15 +103,15 @@ def load_state(path, values: dict, adam: torch.optim.Optimizer) -> int:
     """Read what save_state wrote, perhaps with another number of processes; returns the steps done."""
 
     def like(s, x):
-        if x.shape != s.shape:
-            raise ValueError(f"a tensor of shape {tuple(x.shape)} where {tuple(s.shape)} are trained")
         return sharded(x.to(s.device)) if isinstance(s, DTensor) else x.to(s.device)
 
     state = state_of(path)
     with reading(path, "a state of this run"):
         for name, s in values.items():
             moments = dict(state["trained"][str(name)])
-            s.data.copy_(like(s, moments.pop("value")))
+            if (value := moments.pop("value")).shape != s.shape:  # of moments it may be another
+                raise ValueError(f"a tensor of shape {tuple(value.shape)} where {tuple(s.shape)} are trained")
+            s.data.copy_(like(s, value))
             adam.state[s] = {key: x if key == "step" else like(s, x) for key, x in moments.items()}
     return state["step"]
 
