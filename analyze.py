@@ -44,23 +44,12 @@ from data.problems import Problems, benchmarks, problems_of, prompt_ids
 from evaluate import Estimate, answers, vectors_of
 from model import Subject
 from plumbing.bars import Bar, waiting
+from plumbing.console import one_line
 from plumbing.figures import draw, piece, quoted, spread
-from plumbing.files import (
-    checksum,
-    config_of,
-    grader,
-    home_of,
-    identity,
-    json_of,
-    keep,
-    kept,
-    lines_of,
-    markdown,
-    one_line,
-    write,
-)
+from plumbing.files import checksum, config_of, grader, home_of, identity, json_of, keep, kept, lines_of, write
 from plumbing.processes import state_of
 from plumbing.settings import CHANGE_NO_NUMBER, Usual, at_least, check_seed, flag, label_of, own_first
+from plumbing.tables import markdown
 from rewards import grade
 
 

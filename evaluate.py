@@ -36,21 +36,11 @@ from model import Subject
 from plumbing import memory
 from plumbing.ask import ask
 from plumbing.bars import Bar
-from plumbing.files import (
-    checksum,
-    config_of,
-    grader,
-    home_of,
-    identity,
-    keep,
-    kept,
-    lines_of,
-    markdown,
-    one_line,
-    save_table,
-)
+from plumbing.console import one_line
+from plumbing.files import checksum, config_of, grader, home_of, identity, keep, kept, lines_of
 from plumbing.loading import load_config
 from plumbing.settings import Usual, check_measuring, folders_of, own_first, stem_of
+from plumbing.tables import markdown, save_table
 from rewards import grade, last_number_right, no_answer
 
 

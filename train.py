@@ -43,9 +43,10 @@ from evaluate import compare_with_base
 from model import Subject
 from plumbing import memory, processes, settings
 from plumbing.bars import Bar
+from plumbing.console import one_line
 from plumbing.few import Few
 from plumbing.figures import plot_reward
-from plumbing.files import FAMILY, append, config_of, lines_of, one_line
+from plumbing.files import FAMILY, append, config_of, lines_of
 from plumbing.processes import SECONDS, AllWeights, all_gather, rank, shard, timed
 from plumbing.settings import Several, Usual, authors_rate, own_first, parse_layers
 from rewards import grade, grading_timeouts, no_answer

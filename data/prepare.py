@@ -30,7 +30,8 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import rewards  # noqa: E402
-from plumbing.files import one_line, write  # noqa: E402
+from plumbing.console import one_line  # noqa: E402
+from plumbing.files import write  # noqa: E402
 
 HERE = Path(__file__).parent
 SUBJECTS = "algebra counting_and_probability geometry intermediate_algebra number_theory prealgebra precalculus".split()

@@ -12,6 +12,7 @@ import re
 import signal
 import sys
 import threading
+from contextlib import contextmanager
 from datetime import date
 from functools import lru_cache, partial
 from pathlib import Path
@@ -129,22 +130,47 @@ def in_chat_template(tokenizer, problem: str, system: str) -> str:
     def fail(why, *_):
         sys.exit(f"the chat template of {tokenizer.name_or_path} makes no prompt ({why}); try --template r1")
 
-    ask = partial(tokenizer.apply_chat_template, chat_template=dated(tokenizer.get_chat_template()), tokenize=False)
-    if in_time := threading.current_thread() is threading.main_thread():  # no other thread can be stopped like this
-        signal.signal(signal.SIGALRM, partial(fail, "it takes too long"))
     user, why = {"role": "user", "content": problem}, "it leaves the problem out"
     together = [user | {"content": f"{system}\n\n{problem}" if system else problem}]
     for messages in ([{"role": "system", "content": system}, user] if system else together, together):
-        signal.alarm(PATIENCE * in_time)
         try:
-            text = ask(messages, add_generation_prompt=True)
+            with in_time(PATIENCE, partial(fail, "it takes too long")):
+                how = dict(chat_template=dated(tokenizer.get_chat_template()), tokenize=False)
+                text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, **how)
             if problem.strip() in text and system.strip() in text:
                 return text
         except Exception as error:  # a template is a program, and may raise anything
             why = reason(error)
-        finally:
-            signal.alarm(0)
     fail(why)
+
+
+@contextmanager
+def in_time(seconds: int, late):
+    """Inside the context, late() is called after so many seconds; only in the main thread, others cannot be stopped."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def prompt_text(tokenizer, problem: str, system: str, template: str) -> str:
+    """The prompt as a text, in a template of prompt_ids."""
+    if template == "native":
+        if tokenizer.chat_template is None:
+            sys.exit("--template native: this model's tokenizer has no chat template; use --template r1 or qwen-math")
+        return in_chat_template(tokenizer, problem, system)
+    if template == "qwen-math":
+        text = f"<|im_start|>system\n{system}<|im_end|>\n" if system else ""
+        return text + f"<|im_start|>user\n{problem}<|im_end|>\n<|im_start|>assistant\n"
+    if template == "r1":
+        return R1_PROMPT.replace("PROBLEM", problem)
+    sys.exit(f"--template wants native, qwen-math or r1, got {template!r}")
 
 
 def prompt_ids(tokenizer, problem: str, system: str | None = None, template: str | None = None) -> list[int]:
@@ -157,24 +183,14 @@ def prompt_ids(tokenizer, problem: str, system: str | None = None, template: str
     """
     template = template_of(tokenizer, template)
     system = MATH_PROMPT if system is None else system
-    if template == "native":
-        if tokenizer.chat_template is None:
-            sys.exit("--template native: this model's tokenizer has no chat template; use --template r1 or qwen-math")
-        text = in_chat_template(tokenizer, problem, system)
-    elif template == "qwen-math":
-        text = f"<|im_start|>system\n{system}<|im_end|>\n" if system else ""
-        text += f"<|im_start|>user\n{problem}<|im_end|>\n<|im_start|>assistant\n"
-    elif template == "r1":
-        text = R1_PROMPT.replace("PROBLEM", problem)
-    else:
-        sys.exit(f"--template wants native, qwen-math or r1, got {template!r}")
+    text = prompt_text(tokenizer, problem, system, template)
     has_bos = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
     # a second BOS in front would change what the model does
     encode = partial(tokenizer, add_special_tokens=template != "native" and not has_bos)
     if any(token in problem for token in control_tokens(tokenizer)):  # it is text there, and must not end the turn
-        before, problem, after = text.rpartition(problem.strip())
-        ids = encode(before).input_ids
-        ids += tokenizer(problem, add_special_tokens=False, split_special_tokens=True).input_ids
+        before, after = prompt_text(tokenizer, "A PROBLEM", system, template).split("A PROBLEM")
+        ids, inside = encode(before).input_ids, text[len(before) : len(text) - len(after)]
+        ids += tokenizer(inside, add_special_tokens=False, split_special_tokens=True).input_ids
         ids += tokenizer(after, add_special_tokens=False).input_ids
     else:
         ids = encode(text).input_ids

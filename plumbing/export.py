@@ -29,7 +29,8 @@ from transformers.utils import cached_file
 if sys.path[0] == str(Path(__file__).parent):  # this folder has a vllm.py that is not the package
     sys.path[0] = str(Path(__file__).parents[1])
 import model  # noqa: E402
-from plumbing.files import base_checksum, config_of, is_gguf, json_of, one_line, source_of, write, written  # noqa: E402
+from plumbing.console import one_line  # noqa: E402
+from plumbing.files import base_checksum, config_of, is_gguf, json_of, source_of, write, written  # noqa: E402
 from plumbing.loading import load_config  # noqa: E402
 from plumbing.settings import Usual, label_of  # noqa: E402
 

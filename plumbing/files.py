@@ -1,11 +1,9 @@
 """Files: where models are, reading, writing that a crash cannot leave half done, checksums, results that are kept."""
 
-import io
 import json
 import os
 import shutil
 import sys
-import traceback
 import zlib
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -31,46 +29,15 @@ BROKEN = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeEr
 BROKEN += (PickleError, SafetensorError)
 
 
-class Lasting(io.FileIO):
-    """A console that nothing stops: a pipe that was closed, as by `| head -1`, or a full disk behind it."""
-
-    def write(self, data):
-        try:
-            return super().write(data)
-        except OSError:
-            return len(data)
-
-
-@contextmanager
-def one_line():
-    """
-    Around a command: a file that cannot be read or written ends it with one line that names the file.
-
-    What else ends with a line, ends with SystemExit by itself. NANOSTEER_DEBUG=1 shows where it came from. Whatever
-    becomes of the console, results are written.
-    """
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream is getattr(sys, f"__{name}__") and stream is not None:  # else it is a notebook's or a test's
-            raw = io.BufferedWriter(Lasting(stream.fileno(), "w", closefd=False))
-            setattr(sys, name, io.TextIOWrapper(raw, stream.encoding, "replace", line_buffering=True))
-    for text in sys.argv[1:]:
-        if text != text.encode("utf-8", "replace").decode():  # bytes of another encoding
-            sys.exit(f"options must be UTF-8, got {ascii(text)}")
-    try:
-        yield
-    except (OSError, SystemExit) as error:
-        if os.environ.get("NANOSTEER_DEBUG"):
-            traceback.print_exc()
-        if isinstance(error, SystemExit):
-            raise
-        sys.exit(f"cannot read or write {error.filename or 'a file'}: {reason(error)}")
-
-
 def reason(error: Exception) -> str:
     """The first line of what an error says; of a KeyError, which says a name alone, its type, too."""
     first = (str(getattr(error, "strerror", None) or error).strip() or repr(error)).splitlines()[0]
     return repr(error) if isinstance(error, KeyError) else first
+
+
+def of_device(error: Exception) -> bool:
+    """Whether an error is that of a GPU or of the processes, and no fault of the file that is read or written."""
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in ("CUDA", "NCCL", "out of memory"))
 
 
 @contextmanager
@@ -79,6 +46,8 @@ def reading(path, what: str):
     try:
         yield
     except BROKEN as error:
+        if of_device(error):
+            raise
         sys.exit(f"{path}: not {what} ({reason(error)})")
 
 
@@ -88,6 +57,8 @@ def writing(path):
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
+        if of_device(error):
+            raise
         why = reason(error) + " (is the disk full?)" * isinstance(error, RuntimeError)  # torch.save's
         raise OSError(getattr(error, "errno", None), why, str(path)) from error
 
@@ -240,21 +211,3 @@ def grader() -> str:
     """A checksum of what decides between right and wrong."""
     code = [(ROOT / name).read_bytes() for name in ("rewards.py", "plumbing/notation.py")]
     return checksum(b"".join(code) + version("math-verify").encode())
-
-
-def markdown(head: list[str], rows: list[list[str]]) -> str:
-    """A table with aligned columns; columns without any entry are left out."""
-    used = [i for i in range(len(head)) if any(row[i] for row in rows)]
-    table = [[row[i] for i in used] for row in [head, *rows]]
-    widths = [max(map(len, column)) for column in zip(*table)]
-    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths)) + " |" for row in table]
-    lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
-    return "\n".join(lines)
-
-
-def save_table(text: str, numbers, out: Path, name: str) -> None:
-    """Print a text with tables, and write it and its numbers: NAME.md and NAME.json."""
-    print(f"\n{text}")
-    write(out / f"{name}.md", text)
-    write(out / f"{name}.json", json.dumps(numbers, indent=1, default=lambda x: x.json()) + "\n")
-    print(f"wrote {name}.md and {name}.json to {out}")

@@ -13,6 +13,7 @@ import os
 import resource
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -31,7 +32,8 @@ import train
 from data import prepare
 from data import problems as problem_files
 from data.problems import prompt_ids
-from plumbing import export
+from plumbing import export, files
+from plumbing.console import one_line
 
 TRAIN = "train.py --model model --data problems.jsonl --held-out problems.jsonl --eval-problems 2 --steps 1 --prompts 2"
 TRAIN += " --samples 2 --max-tokens 3 --context 400"
@@ -497,5 +499,28 @@ def test_a_control_token_in_a_problem_is_text(tokenizer, template):
     bare = copy.copy(tokenizer)  # the problem is the end of its prompt
     bare.chat_template = "{{ messages[-1].content }}"
     assert bare.decode(prompt_ids(bare, f"  {problem}", system="", template="native")) == f"  {problem}"
+    alone = prompt_ids(tokenizer, "<|im_end|>", template=template)  # not confused with the template's own
+    assert tokenizer.decode(alone) == tokenizer.decode(plain).replace("What does it mean? ", "<|im_end|>")
+    assert alone.count(number) == plain.count(number)
     from_file = tokenizer(tokenizer.decode(plain), add_special_tokens=False).input_ids
     assert plain == from_file and tokenizer("<|im_end|>").input_ids == [number]  # the tokenizer is as before
+
+
+def test_a_template_in_time_leaves_the_alarm_as_it_was(tokenizer):
+    mine = signal.signal(signal.SIGALRM, handler := lambda *_: None)
+    try:
+        prompt_ids(tokenizer, "What?")
+        assert signal.getsignal(signal.SIGALRM) is handler
+    finally:
+        signal.signal(signal.SIGALRM, mine)
+
+
+@pytest.mark.parametrize("around", [lambda path: files.reading(path, "a file"), files.writing])
+def test_a_gpus_error_is_not_blamed_on_a_file(around):
+    with pytest.raises(RuntimeError, match="^CUDA error: device-side assert"), around("weights"):
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+
+def test_an_error_of_no_file_keeps_its_traceback():
+    with pytest.raises(OSError, match="no route"), one_line():
+        raise OSError("no route to host")

@@ -23,8 +23,8 @@ import world  # noqa: E402
 
 import analyze  # noqa: E402
 import train  # noqa: E402
-from evaluate import markdown  # noqa: E402
 from plumbing.files import FAMILY, TINY, weights_digest  # noqa: E402
+from plumbing.tables import markdown  # noqa: E402
 
 pytestmark = pytest.mark.slow
 LAST, MIDDLE = "27", "14"
