@@ -81,16 +81,14 @@ def answers(
     key = subject.key | {"vectors": identity(vectors), "data": problems.checksum, "prefix": prefix}
     key |= {"samples": k, "temperature": temperature, "seed": seed}
     name = f"{problems.name}-T{temperature:g}-seed{seed}-{checksum(json.dumps(key).encode())}.json"
-    found = kept(subject.folder / name, key, {"correct": [list], "completions": [list], "prompt_ids": [list]}) or {}
+    shape = {"correct": [list], "completions": [list], "prompt_ids": [list], "grader": [str], "form": [str]}
+    found = kept(subject.folder / name, key, shape) or {}
     done, n = len(found.get("correct", [])), len(problems.rows)
-    graders = found.setdefault("grader", [""] * done)
-    if done and "form" not in found:  # answers of an earlier version
-        found["form"] = [subject.form] * done
-    if stale := [i for i in range(min(done, n)) if graders[i] != grader()]:
+    if stale := [i for i in range(min(done, n)) if found["grader"][i] != grader()]:
         texts, golds = zip(*((text, problems.rows[i]["answer"]) for i in stale for text in found["completions"][i]))
         again = grade(texts, golds, found["form"][0])
         for place, i in enumerate(stale):
-            found["correct"][i], graders[i] = again[place * k : place * k + k], grader()
+            found["correct"][i], found["grader"][i] = again[place * k : place * k + k], grader()
         keep(subject.folder / name, key, found)
     if done < n:
         rows, seeds = problems.rows[done:], model.prompt_seeds(seed, range(done, n))

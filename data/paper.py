@@ -153,9 +153,9 @@ def picture(path: Path, text: str) -> str:
 
 
 def documents(folder: Path, order: list[str]) -> list[tuple[Path, dict]]:
-    """The results under folder/figures and folder/*/figures, in this order of the analyses."""
+    """The results of a folder of runs, or of one run, and of their checkpoints, in this order of the analyses."""
     found = []
-    places = ("figures/*.json", "*/figures/*.json", "*/checkpoints/*/figures/*.json")
+    places = [f"{run}{part}figures/*.json" for run in ("", "*/") for part in ("", "checkpoints/*/")]
     for path in sorted(path for place in places for path in folder.glob(place)):
         saved = json_of(path, object, "JSON; delete it and run the analysis again")
         if isinstance(saved, dict) and (saved.get("found") or {}).get("name") in order:
