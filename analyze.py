@@ -58,6 +58,7 @@ from rewards import grade
 class Config(model.Asking):
     name: tyro.conf.Positional[str]        # which analysis
     runs: tyro.conf.Positional[tuple[str, ...]] = ()  # run folders of train.py; for report the folder around them, out
+    model: Usual[str] = None               # a copy of the runs' model, for example a local folder of a hub model
     n: Usual[int] = None                   # use the first N problems; default 100 (case: 4; with --benchmarks: all)
     benchmarks: tuple[str, ...] = ()       # names of data/NAME.jsonl, or all: the papers' six; answers: of the first
     seeds: tuple[int, ...] = ()            # for accuracies; default --seed; with --benchmarks 0 1 2 as in evaluate.py
@@ -218,7 +219,8 @@ def open_runs(args: Config) -> list[Run]:
     runs = []
     for folder in args.runs:
         config = config_of(folder)
-        vectors, _ = vectors_of(folder, config)
+        config |= {"model": args.model or config["model"]}
+        vectors, _ = vectors_of(folder, config, other=bool(args.model))
         vectors = dict(sorted(vectors.items(), key=lambda item: model.split(item[0])))
         runs.append(run := Run(Path(folder), config, vectors, label_of(config)))
         lora = any(model.split(place).matrix for place in vectors)

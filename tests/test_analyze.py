@@ -604,6 +604,15 @@ def test_a_new_analysis_is_one_function(runs, tmp_path, monkeypatch, capsys):
     assert "Do two runs find the same direction? (ours)" in analyze.listed()
 
 
+def test_a_copy_of_the_runs_model_takes_its_place(runs, tmp_path):
+    """As where a run names a hub model and only a local folder of it is there."""
+    own = go("lens", runs["a"], out=str(tmp_path / "own"))
+    there = go("lens", runs["a"], out=str(tmp_path / "there"), model=runs["copy"])
+    assert there["vectors"] == own["vectors"] and f"--model {runs['copy']}" in there["command"]
+    with pytest.raises(SystemExit, match="cannot load the model 'nowhere'"):
+        go("lens", runs["a"], out=str(tmp_path / "nowhere"), model="nowhere")
+
+
 class Engine:
     """Stands for vLLM: started with a model's weights, later given others."""
 
